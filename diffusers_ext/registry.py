@@ -1,0 +1,258 @@
+"""The rows of all papers, the public names of the package, and their registration with diffusers.
+
+Nothing here imports torch or diffusers until a class is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+ENTRY_POINT_GROUP = "diffusers_ext.methods"
+FORMS = (
+    "scheduler", "pipeline", "hook", "guider", "latent_optimizer", "attn_processor", "adapter", "quantizer", "model",
+    "trainer", "metric", "upstream", "none",
+)  # fmt: skip
+
+# Public name -> module that defines it.
+LAZY_NAMES: dict[str, str] = {
+    "AvatarJudge": "diffusers_ext.metrics.judge",
+    "DeepCacheConfig": "diffusers_ext.hooks.deepcache",
+    "Enabled": "diffusers_ext.enabling",
+    "Method": "diffusers_ext.registry",
+    "Pipeline": "diffusers_ext.loading",
+    "apply_deepcache": "diffusers_ext.hooks.deepcache",
+    "disable": "diffusers_ext.enabling",
+    "enable": "diffusers_ext.enabling",
+    "enabled": "diffusers_ext.enabling",
+    "get_method": "diffusers_ext.registry",
+    "methods": "diffusers_ext.registry",
+    "push_to_hub": "diffusers_ext.hub",
+    "remove_deepcache": "diffusers_ext.hooks.deepcache",
+    "save_pretrained": "diffusers_ext.hub",
+    "status": "diffusers_ext.enabling",
+    "zoo_path": "diffusers_ext.registry",
+}
+
+# Names that diffusers' loader looks up in a component's library.
+BASE_CLASSES: dict[str, str] = {
+    "BaseGuidance": "diffusers.guiders.guider_utils",
+    "DiffusionPipeline": "diffusers",
+    "ModelMixin": "diffusers",
+    "OnnxRuntimeModel": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
+
+# Public classes that `DiffusionPipeline.from_pretrained` and `AutoModel` look up in the `diffusers` namespace.
+PIPELINES_AND_MODELS: tuple[str, ...] = ("AvatarJudge",)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One paper.
+
+    Attributes:
+        key: name of the method in this package.
+        title: title of the paper.
+        area: one of the catalogue's areas.
+        form: what it is to diffusers, one of `FORMS`.
+        summary: what it does.
+        arxiv: arXiv identifier, or None.
+        entry: public names of this package, or dotted names of classes that diffusers or transformers already have.
+        usage: how to call it.
+        reason: why there is no system to build, for form `none`.
+    """
+
+    key: str
+    title: str
+    area: str
+    form: str
+    summary: str = ""
+    arxiv: str | None = None
+    entry: tuple[str, ...] = ()
+    usage: str | None = None
+    reason: str | None = None
+    version: int = 1
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            raise ValueError(f"`form` of method {self.key!r} is {self.form!r}; allowed are {', '.join(FORMS)}.")
+
+    @property
+    def module(self) -> str | None:
+        """Dotted name of the module that defines the first entry, or None where there is none of ours."""
+        if not self.entry or self.form == "upstream":
+            return None
+        name = self.entry[0]
+        if name in LAZY_NAMES:
+            return LAZY_NAMES[name]
+        return name.rpartition(".")[0] or None
+
+    @property
+    def status(self) -> str:
+        """`works`, `open`, `stale`, `upstream` or `none`: computed from the recorded proofs, never typed."""
+        from .proofs import method_status
+
+        return method_status(self)
+
+
+def _row(table: dict[str, Any], source: str) -> Method:
+    table = dict(table)
+    upstream = table.pop("upstream", None)
+    entry = table.pop("entry", upstream) or ()
+    if isinstance(entry, str):
+        entry = tuple(name.strip() for name in entry.split(","))
+    try:
+        return Method(entry=tuple(entry), **table)
+    except TypeError as error:
+        raise ValueError(f"Row {table.get('key')!r} of {source}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _catalogue() -> dict[str, Method]:
+    rows: dict[str, Method] = {}
+    for file in sorted((PACKAGE_DIR / "catalogue").glob("*.toml")):
+        for table in tomllib.loads(file.read_text(encoding="utf-8"))["paper"]:
+            row = _row(table, file.name)
+            if row.key in rows:
+                raise ValueError(f"Method key {row.key!r} of {file.name} is taken already.")
+            rows[row.key] = row
+    return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _third_party() -> dict[str, Method]:
+    """Rows that other installed packages bring through the entry-point group `diffusers_ext.methods`.
+
+    Each entry point names a `Method` or an iterable of them. Its entries are dotted names, such as
+    `my_package.hooks.MyConfig`.
+    """
+    rows: dict[str, Method] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        loaded = point.load()
+        for row in [loaded] if isinstance(loaded, Method) else loaded:
+            if not isinstance(row, Method):
+                raise ValueError(f"Entry point {point.value!r} of group {ENTRY_POINT_GROUP!r} gave {row!r}, not a `Method`.")
+            if row.key in rows or row.key in _catalogue():
+                raise ValueError(f"Entry point {point.value!r} brings method {row.key!r}, and that key is taken already.")
+            rows[row.key] = row
+    return rows
+
+
+def _all() -> dict[str, Method]:
+    return {**_catalogue(), **_third_party()}
+
+
+def areas() -> list[str]:
+    """Names of the areas, sorted."""
+    return sorted({row.area for row in _all().values()})
+
+
+def methods(area: str | None = None) -> list[Method]:
+    """All rows, or those of one area.
+
+    Raises:
+        ValueError: `area` is not one of `areas()`.
+    """
+    if area is not None and area not in areas():
+        raise ValueError(f"`area` is {area!r}; allowed are {', '.join(areas())}.")
+    return [row for row in _all().values() if area in (None, row.area)]
+
+
+def get_method(key: str) -> Method:
+    """The row of one method.
+
+    Raises:
+        ValueError: there is no method `key`; the message names the closest ones.
+    """
+    rows = _all()
+    if key not in rows:
+        close = difflib.get_close_matches(str(key), rows, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else " `diffusers-ext methods --all` lists them."
+        raise ValueError(f"There is no method {key!r}.{hint}")
+    return rows[key]
+
+
+def load_entry(name: str) -> Any:
+    """The public object `name` of this package, or the dotted name that a third-party row gave."""
+    if "." not in name:
+        return getattr(importlib.import_module("diffusers_ext"), name)
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def third_party_class(name: str) -> Any | None:
+    """A class that a third-party row names, by its last part, so that diffusers finds it among our public names."""
+    for row in _third_party().values():
+        for entry in row.entry:
+            if entry.rpartition(".")[2] == name:
+                return load_entry(entry)
+    return None
+
+
+def zoo_path(name: str) -> Path:
+    """Folder of an embedded checkpoint, loadable by stock `from_pretrained`.
+
+    `avatars-sd` and its judge ship with the package; others need a source checkout.
+
+    Raises:
+        ValueError: there is no such checkpoint; the message names those that are there.
+    """
+    roots = [PACKAGE_DIR / "zoo", PACKAGE_DIR.parent / "benchmarks" / "zoo"]
+    found = {folder.name: folder for root in reversed(roots) if root.is_dir() for folder in root.iterdir() if folder.is_dir()}
+    if name not in found:
+        raise ValueError(f"There is no checkpoint {name!r} here; there are {', '.join(sorted(found))}.")
+    return found[name]
+
+
+# --- registration with diffusers -------------------------------------------------------------------------------------
+
+_LOADER = "diffusers.pipelines.pipeline_loading_utils"
+
+
+class _RegisterOnImport(importlib.abc.MetaPathFinder):
+    """Waits for diffusers' loader to be imported, registers our classes right after, and goes away."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _LOADER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            _register_now()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader serves this one import
+        return spec
+
+
+def register() -> None:
+    """Make our classes loadable by stock `from_pretrained`; safe to call again."""
+    if _LOADER in sys.modules:
+        _register_now()
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
+
+
+def _register_now() -> None:
+    from . import _compat
+
+    _compat.register_library("diffusers_ext", PIPELINES_AND_MODELS, load_entry)
