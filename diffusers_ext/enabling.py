@@ -146,7 +146,9 @@ def enabled(target: T, *configs: HookConfig) -> Iterator[T]:
 def status(target: Any) -> list[Enabled]:
     """What is on, in the order in which it was enabled on each component."""
     return [
-        Enabled(key, name, config) for name, module in _modules(target).items() for key, config in _records(module).items()
+        Enabled(key, name, config)
+        for name, module in _modules(target).items()
+        for key, config in _records(module).items()
     ]
 
 
@@ -182,9 +184,13 @@ def _targets(target: Any, config: HookConfig, component: str | None) -> list[nn.
     found = [module for module in modules.values() if config.supports(module) is None]
     if not found:
         denoisers = [name for name in modules if name and name.startswith(("unet", "transformer", "prior", "decoder"))]
-        names = denoisers or list(modules)
-        reasons = "; ".join(f"{name} ({type(modules[name]).__name__}): {config.supports(modules[name])}" for name in names)
-        raise ValueError(f"{type(config).__name__} does not work on {type(target).__name__}: {reasons or 'it has no models'}.")
+        names = denoisers or [name for name in modules if name]
+        reasons = "; ".join(
+            f"{name} ({type(modules[name]).__name__}): {config.supports(modules[name])}" for name in names
+        )
+        raise ValueError(
+            f"{type(config).__name__} does not work on {type(target).__name__}: {reasons or 'it has no models'}."
+        )
     return found
 
 
@@ -198,12 +204,15 @@ def _refuse_conflicts(module: nn.Module, config: HookConfig, planned: list[HookC
                 f"computed when. Disable {other.key!r} first."
             )
     if config.family == "cache" and getattr(module, "is_cache_enabled", False):
-        raise ValueError(f"{config.key!r} cannot be on together with {type(module._cache_config).__name__}: call `disable_cache` first.")
+        raise ValueError(
+            f"{config.key!r} cannot be on together with {type(module._cache_config).__name__}: call `disable_cache` first."
+        )
 
 
 def _known_configs() -> str:
     def leaves(cls: type) -> list[str]:
-        return [cls.__name__] if not cls.__subclasses__() else [name for sub in cls.__subclasses__() for name in leaves(sub)]
+        below: list[type] = type.__subclasses__(cls)
+        return [name for subclass in below for name in leaves(subclass)] if below else [cls.__name__]
 
     return ", ".join(leaves(HookConfig))
 

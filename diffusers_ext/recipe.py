@@ -19,7 +19,7 @@ def collect(pipe: Any) -> dict[str, Any] | None:
     """What is enabled on `pipe` now, or None."""
     from .enabling import status
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "method": entry.key,
             "version": entry.config.version,
@@ -32,7 +32,7 @@ def collect(pipe: Any) -> dict[str, Any] | None:
     return {"schema": SCHEMA, "methods": rows} if rows else None
 
 
-def validate(recipe: Any, skip_unknown: bool = False) -> list[tuple[str, Any]]:
+def validate(recipe: Any, skip_unknown: bool = False) -> list[tuple[str | None, Any]]:
     """Check a recipe before anything is loaded. Returns `(component, config)` for each method, in order.
 
     Args:
@@ -43,30 +43,49 @@ def validate(recipe: Any, skip_unknown: bool = False) -> list[tuple[str, Any]]:
         ValueError: the recipe is malformed, of a newer schema, names a method that is not installed, or holds settings
             that the method does not take.
     """
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("schema"), int) or not isinstance(recipe.get("methods"), list):
-        raise ValueError(f"The recipe is {recipe!r}; it must be an object with an integer `schema` and a list `methods`.")
-    if recipe["schema"] > SCHEMA:
+    schema = recipe.get("schema") if isinstance(recipe, dict) else None
+    if type(schema) is not int or not isinstance(recipe.get("methods"), list):
         raise ValueError(
-            f"The recipe has schema {recipe['schema']}, and this diffusers_ext reads up to {SCHEMA}: update diffusers_ext."
+            f"The recipe is {recipe!r}; it must be an object with an integer `schema` and a list `methods`."
         )
-    result = []
+    if schema > SCHEMA:
+        raise ValueError(
+            f"The recipe has schema {schema}, and this diffusers_ext reads up to {SCHEMA}: update diffusers_ext."
+        )
+    result: list[tuple[str | None, Any]] = []
     for row in recipe["methods"]:
-        if not isinstance(row, dict) or not isinstance(row.get("method"), str) or not isinstance(row.get("config", {}), dict):
-            raise ValueError(f"The recipe holds {row!r}; each method needs a name `method` and an object `config`.")
-        config_class = _config_class(row["method"])
-        if config_class is None or row.get("version", 1) > config_class.version:
+        method, version, component, config = _fields(row)
+        config_class = _config_class(method)
+        if config_class is None or version > config_class.version:
             have = "is not installed" if config_class is None else f"is installed up to version {config_class.version}"
-            problem = f"The recipe asks for method {row['method']!r}, version {row.get('version', 1)}, which {have}."
+            problem = f"The recipe asks for method {method!r}, version {version}, which {have}."
             if not skip_unknown:
                 raise ValueError(f"{problem} Install what brings it, or pass `skip_unknown=True` to load without it.")
             warnings.warn(f"{problem} It is left out.", stacklevel=2)
             continue
         fields = {field.name for field in dataclasses.fields(config_class)}
-        unknown = sorted(set(row.get("config", {})) - fields)
+        unknown = sorted(set(config) - fields)
         if unknown:
-            raise ValueError(f"The recipe gives {row['method']!r} the settings {unknown}; allowed are {sorted(fields)}.")
-        result.append((row.get("component"), config_class(**row.get("config", {}))))
+            raise ValueError(f"The recipe gives {method!r} the settings {unknown}; allowed are {sorted(fields)}.")
+        result.append((component, config_class(**config)))
     return result
+
+
+def _fields(row: Any) -> tuple[str, int, str | None, dict[str, Any]]:
+    fields = row if isinstance(row, dict) else {}
+    method, version = fields.get("method"), fields.get("version", 1)
+    component, config = fields.get("component"), fields.get("config", {})
+    if (
+        not isinstance(method, str)
+        or type(version) is not int
+        or not isinstance(component, str | None)
+        or not isinstance(config, dict)
+    ):
+        raise ValueError(
+            f"The recipe holds {row!r}; each method needs a name `method` and may have an integer `version`, a name "
+            "`component` and an object `config`."
+        )
+    return method, version, component, config
 
 
 def apply(pipe: Any, recipe: dict[str, Any], skip_unknown: bool = False) -> Any:

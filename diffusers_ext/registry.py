@@ -146,9 +146,13 @@ def _third_party() -> dict[str, Method]:
         loaded = point.load()
         for row in [loaded] if isinstance(loaded, Method) else loaded:
             if not isinstance(row, Method):
-                raise ValueError(f"Entry point {point.value!r} of group {ENTRY_POINT_GROUP!r} gave {row!r}, not a `Method`.")
+                raise ValueError(
+                    f"Entry point {point.value!r} of group {ENTRY_POINT_GROUP!r} gave {row!r}, not a `Method`."
+                )
             if row.key in rows or row.key in _catalogue():
-                raise ValueError(f"Entry point {point.value!r} brings method {row.key!r}, and that key is taken already.")
+                raise ValueError(
+                    f"Entry point {point.value!r} brings method {row.key!r}, and that key is taken already."
+                )
             rows[row.key] = row
     return rows
 
@@ -182,7 +186,9 @@ def get_method(key: str) -> Method:
     rows = _all()
     if key not in rows:
         close = difflib.get_close_matches(str(key), rows, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else " `diffusers-ext methods --all` lists them."
+        hint = (
+            f" Did you mean {' or '.join(map(repr, close))}?" if close else " `diffusers-ext methods --all` lists them."
+        )
         raise ValueError(f"There is no method {key!r}.{hint}")
     return rows[key]
 
@@ -213,7 +219,9 @@ def zoo_path(name: str) -> Path:
         ValueError: there is no such checkpoint; the message names those that are there.
     """
     roots = [PACKAGE_DIR / "zoo", PACKAGE_DIR.parent / "benchmarks" / "zoo"]
-    found = {folder.name: folder for root in reversed(roots) if root.is_dir() for folder in root.iterdir() if folder.is_dir()}
+    found = {
+        folder.name: folder for root in reversed(roots) if root.is_dir() for folder in root.iterdir() if folder.is_dir()
+    }
     if name not in found:
         raise ValueError(f"There is no checkpoint {name!r} here; there are {', '.join(sorted(found))}.")
     return found[name]

@@ -16,7 +16,9 @@ def run_fresh(code: str, env: dict[str, str] | None = None, timeout: float = 300
 
     `env` is added to the environment, without `HF_HUB_OFFLINE`, which huggingface_hub reads at import.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"PYTHONPATH": str(ROOT)} | (env or {})
+    environment = (
+        {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"PYTHONPATH": str(ROOT)} | (env or {})
+    )
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -22,40 +22,66 @@ def conditional(layers: int | tuple[int, ...] = 2, levels: int = 3) -> UNet2DCon
     downs, ups = ("CrossAttnDownBlock2D",) * (levels - 1), ("CrossAttnUpBlock2D",) * (levels - 1)
     return fill(
         UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16, 16, 16)[:levels], layers_per_block=layers, norm_num_groups=4,
-            cross_attention_dim=8, attention_head_dim=2, down_block_types=(*downs, "DownBlock2D"), up_block_types=("UpBlock2D", *ups),
+            sample_size=8,
+            block_out_channels=(8, 16, 16, 16)[:levels],
+            layers_per_block=layers,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=2,
+            down_block_types=(*downs, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *ups),
         )
-    )  # fmt: skip
+    )
 
 
 def unconditional(layers: int = 2) -> UNet2DModel:
     return fill(
         UNet2DModel(
-            sample_size=8, block_out_channels=(8, 16, 16), layers_per_block=layers, norm_num_groups=4, attention_head_dim=4,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            sample_size=8,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=layers,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         )
-    )  # fmt: skip
+    )
 
 
 def motion(layers: int = 2) -> UNetMotionModel:
     return fill(
         UNetMotionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=layers, norm_num_groups=4, cross_attention_dim=8,
-            num_attention_heads=2, motion_num_attention_heads=2, motion_max_seq_length=4, use_motion_mid_block=True,
-            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=layers,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            num_attention_heads=2,
+            motion_num_attention_heads=2,
+            motion_max_seq_length=4,
+            use_motion_mid_block=True,
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
         )
-    )  # fmt: skip
+    )
 
 
 def spatio_temporal(layers: int = 2) -> UNetSpatioTemporalConditionModel:
     return fill(
         UNetSpatioTemporalConditionModel(
-            sample_size=8, in_channels=8, block_out_channels=(32, 64), layers_per_block=layers, cross_attention_dim=8,
-            num_attention_heads=(2, 2), projection_class_embeddings_input_dim=24, addition_time_embed_dim=8, num_frames=2,
+            sample_size=8,
+            in_channels=8,
+            block_out_channels=(32, 64),
+            layers_per_block=layers,
+            cross_attention_dim=8,
+            num_attention_heads=(2, 2),
+            projection_class_embeddings_input_dim=24,
+            addition_time_embed_dim=8,
+            num_frames=2,
             down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
             up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         )
-    )  # fmt: skip
+    )
 
 
 UNETS = {

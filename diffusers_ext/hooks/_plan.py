@@ -195,7 +195,11 @@ class _TrimHook(ModelHook):
         channels = 1 if _is_freeu_on(module) else 0  # its Fourier transform takes no empty tensors
         trimmed = skips[:kept] + tuple(skip[:, :channels] for skip in skips[kept:])
         named = {"hidden_states": trimmed[-1], "res_hidden_states_tuple": trimmed}
-        return (), {**dict(zip(("hidden_states", "res_hidden_states_tuple", "temb"), args, strict=False)), **kwargs, **named}
+        return (), {
+            **dict(zip(("hidden_states", "res_hidden_states_tuple", "temb"), args, strict=False)),
+            **kwargs,
+            **named,
+        }
 
 
 def _is_freeu_on(block: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from ..enabling import HookConfig
-from ._plan import Action, CacheRun, PlanBuilder, uninstall
+from ._plan import Action, PlanBuilder, uninstall
 
 # The parts of one layer of a block, in the order in which the block runs them.
 _LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
@@ -59,8 +59,12 @@ class DeepCacheConfig(HookConfig):
         if self.schedule == "quad":
             if isinstance(self.center, bool) or not isinstance(self.center, int) or self.center < 0:
                 raise ValueError(f"`center` is {self.center!r}; schedule 'quad' needs a step number of at least 0.")
-            if not self.power > 1:
-                raise ValueError(f"`power` is {self.power!r}; it must be greater than 1.")
+            if (
+                isinstance(self.power, bool)
+                or not isinstance(self.power, (int, float))
+                or not 1 < self.power < float("inf")
+            ):
+                raise ValueError(f"`power` is {self.power!r}; it must be a number greater than 1.")
         elif self.center is not None:
             raise ValueError(f"`center` is {self.center!r}; it has a meaning for schedule 'quad' only.")
 
@@ -76,7 +80,9 @@ class DeepCacheConfig(HookConfig):
         if self.branch > last:
             raise ValueError(f"`branch` is {self.branch}; this {type(module).__name__} has branches 0 to {last}.")
         if self.schedule == "quad" and not on_pipeline:
-            raise ValueError("`schedule` is 'quad', which needs the number of steps: enable it on the pipeline, not on its model.")
+            raise ValueError(
+                "`schedule` is 'quad', which needs the number of steps: enable it on the pipeline, not on its model."
+            )
 
     def apply(self, module: nn.Module) -> None:
         _apply(module, self)
@@ -151,10 +157,6 @@ def quad_steps(num_steps: int, interval: int, center: int, power: float) -> list
     )
 
 
-def _parts(block: nn.Module) -> list[str]:
-    return [name for name in _LAYER_PARTS if isinstance(getattr(block, name, None), nn.ModuleList)]
-
-
 def _num_layers(block: nn.Module) -> int:
     return len(block.resnets)  # type: ignore[arg-type]
 
@@ -185,45 +187,80 @@ def _num_branches(unet: nn.Module) -> int:
     return skips if getattr(unet, "mid_block", None) is not None else skips - 1
 
 
-def _apply(unet: nn.Module, config: DeepCacheConfig) -> CacheRun:
+@dataclass(frozen=True)
+class _Part:
+    """A layer or sampler of a block: its modules in forward order, and the skip connection that it makes or reads."""
+
+    names: tuple[str, ...]
+    skip: int
+
+
+def _layout(unet: nn.Module) -> tuple[dict[str, list[_Part]], dict[str, list[_Part]]]:
+    """Down blocks and up blocks by name, in forward order. A cached step runs the parts with `skip <= branch`."""
+    downs: dict[str, list[_Part]] = {}
+    ups: dict[str, list[_Part]] = {}
+    last, offset = len(unet.down_blocks) - 1, 0  # type: ignore[arg-type]
+    for i, down in enumerate(unet.down_blocks):  # type: ignore[arg-type]
+        name, mirror, layers = f"down_blocks.{i}", f"up_blocks.{last - i}", _num_layers(down)
+        up = unet.up_blocks[last - i]  # type: ignore[index]
+        downs[name] = [_Part(_layer(down, name, j), offset + j + 1) for j in range(layers)]
+        downs[name] += _samplers(down, name, "downsamplers", offset + layers + 1)
+        ups[mirror] = [_Part(_layer(up, mirror, j), offset + layers - j) for j in range(layers + 1)]
+        ups[mirror] += _samplers(up, mirror, "upsamplers", offset)
+        offset += layers + 1
+    return downs, dict(reversed(ups.items()))
+
+
+def _layer(block: nn.Module, name: str, j: int) -> tuple[str, ...]:
+    lists = [part for part in _LAYER_PARTS if isinstance(getattr(block, part, None), nn.ModuleList)]
+    return tuple(f"{name}.{part}.{j}" for part in lists)
+
+
+def _samplers(block: nn.Module, name: str, kind: str, skip: int) -> list[_Part]:
+    samplers = getattr(block, kind, None)
+    return [_Part(tuple(f"{name}.{kind}.{j}" for j in range(len(samplers))), skip)] if samplers else []
+
+
+def cached_modules(unet: nn.Module, branch: int) -> list[str]:
+    """Names of the modules that a cached step runs, in forward order: whole layers, samplers and embeddings.
+
+    Args:
+        unet: a U-Net that DeepCache supports.
+        branch: b, as in `DeepCacheConfig`.
+    """
+    before = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "conv_in")
+    after = ("conv_norm_out", "conv_act", "conv_out")
+    here = {name for name, _ in unet.named_children()}
+    layers = [
+        name for blocks in _layout(unet) for parts in blocks.values() for part in parts if part.skip <= branch for name in part.names
+    ]  # fmt: skip
+    return [name for name in before if name in here] + layers + [name for name in after if name in here]
+
+
+def _apply(unet: nn.Module, config: DeepCacheConfig) -> None:
     builder = PlanBuilder(unet, config.key, _Plan(config))
-    last = len(unet.down_blocks) - 1  # type: ignore[arg-type]
-    b, first_skip = config.branch, 1  # skip 0 is the output of conv_in
+    downs, ups = _layout(unet)
 
-    def skip(name: str, action: Action, consumer: nn.Module | None = None) -> None:
-        builder.act(name, {_FULL: Action.COMPUTE, _CACHED: action}, consumer)
+    for block, parts in downs.items():
+        idle = [name for part in parts if part.skip > config.branch for name in part.names]
+        # No part of it runs: skip it whole, its loop included.
+        for name in [block] if all(part.skip > config.branch for part in parts) else idle:
+            builder.act(name, {_FULL: Action.COMPUTE, _CACHED: Action.SKIP})
 
-    for i, down in enumerate(unet.down_blocks):  # type: ignore[arg-type]
-        layers = _num_layers(down)
-        fresh = min(max(b - first_skip + 1, 0), layers)  # layers that a cached step runs
-        if fresh == 0:
-            skip(f"down_blocks.{i}", Action.SKIP)
-        else:
-            for part in _parts(down):
-                for j in range(fresh, layers):
-                    skip(f"down_blocks.{i}.{part}.{j}", Action.SKIP)
-            if i < last and first_skip + layers > b:
-                for j in range(len(down.downsamplers)):
-                    skip(f"down_blocks.{i}.downsamplers.{j}", Action.SKIP)
-        first_skip += layers + 1
-
-    first_skip = 0  # of down block i: conv_in's output or the downsampled one that enters it
-    entered = None  # the outermost module whose output is taken from the last full step
-    for i, down in enumerate(unet.down_blocks):  # type: ignore[arg-type]
-        up, layers = last - i, _num_layers(down)
-        block, passed = unet.up_blocks[up], layers + 1 - min(max(b - first_skip + 1, 0), layers + 1)  # type: ignore[index]
-        if passed > layers:
-            skip(f"up_blocks.{up}", Action.PASS if entered else Action.REUSE, unet.up_blocks[min(up + 1, last)])  # type: ignore[index]
-            entered = True
-        elif passed:
-            parts = _parts(block)
-            for part in parts:
-                for j in range(passed):
-                    ends = j == passed - 1 and part == parts[-1]
-                    skip(f"up_blocks.{up}.{part}.{j}", Action.REUSE if ends else Action.PASS, block)
-            builder.trim(f"up_blocks.{up}", _CACHED, passed)
-            entered = True
-        first_skip += layers + 1
+    # All that is skipped from the middle up, in forward order, each with the block that reads its output.
+    idle_up: list[tuple[str, str]] = []
     if getattr(unet, "mid_block", None) is not None:
-        skip("mid_block", Action.PASS if entered else Action.REUSE, unet.up_blocks[0])  # type: ignore[index]
-    return builder.install("conv_in", "time_proj")
+        idle_up.append(("mid_block", next(iter(ups))))
+    for i, (block, parts) in enumerate(ups.items()):
+        passed = [part for part in parts if part.skip > config.branch]
+        if len(passed) == len(parts):
+            idle_up.append((block, f"up_blocks.{i + 1}"))
+        elif passed:
+            builder.trim(block, _CACHED, len(passed))
+            idle_up += [(name, block) for part in passed for name in part.names]
+    # The last of them holds U_{b+1}, all that a cached step needs of the last full step.
+    for name, _ in idle_up[:-1]:
+        builder.act(name, {_FULL: Action.COMPUTE, _CACHED: Action.PASS})
+    name, consumer = idle_up[-1]
+    builder.act(name, {_FULL: Action.COMPUTE, _CACHED: Action.REUSE}, unet.get_submodule(consumer))
+    builder.install("conv_in", "time_proj")

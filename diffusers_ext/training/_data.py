@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
+_FLIP, _CROP = 0x466C6970, 0x43726F70  # seeds of their own: the noise of a sample does not depend on augmentation
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -32,7 +33,9 @@ class ImageCaptionDataset(Dataset):
 
     def __init__(self, images, captions, resolution: int, center_crop: bool = True, random_flip: bool = False):
         if len(images) != len(captions):
-            raise ValueError(f"`captions` has {len(captions)} entries for {len(images)} pictures; one a picture is needed.")
+            raise ValueError(
+                f"`captions` has {len(captions)} entries for {len(images)} pictures; one a picture is needed."
+            )
         if len(images) == 0:
             raise ValueError("The training data holds no picture.")
         self.images, self.captions = images, [str(caption) for caption in captions]
@@ -47,7 +50,7 @@ class ImageCaptionDataset(Dataset):
         if not isinstance(image, np.ndarray):
             image = np.asarray(self._load(image, sample_id))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
-        if self.random_flip and generator_for(0x466C6970, sample_id).initial_seed() & 1:
+        if self.random_flip and torch.rand((), generator=generator_for(_FLIP, sample_id)) < 0.5:
             pixels = pixels.flip(-1)
         return {"pixel_values": pixels, "caption": self.captions[index], "index": index, "sample_id": sample_id}
 
@@ -61,7 +64,7 @@ class ImageCaptionDataset(Dataset):
         image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         if not self.center_crop:
-            generator = generator_for(0x43726F70, sample_id)
+            generator = generator_for(_CROP, sample_id)
             left, top = (
                 int(torch.randint(slack + 1, (), generator=generator)) for slack in (size[0] - side, size[1] - side)
             )
@@ -75,8 +78,12 @@ def load_dataset(args) -> ImageCaptionDataset:
         try:
             import datasets
         except ImportError as error:
-            raise ImportError("`--dataset_name` needs the `datasets` package: pip install 'diffusers_ext[train]'") from error
-        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
+            raise ImportError(
+                "`--dataset_name` needs the `datasets` package: pip install 'diffusers_ext[train]'"
+            ) from error
+        rows = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train"
+        )
         for name, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
             if column not in rows.column_names:
                 raise ValueError(f"`{name}` is {column!r}, which is none of the columns {rows.column_names}.")
@@ -85,7 +92,9 @@ def load_dataset(args) -> ImageCaptionDataset:
     if path.suffix == ".npz":
         return _load_npz(path, args, options)
     if not path.is_dir():
-        raise ValueError(f"`--train_data_dir` is {str(path)!r}, which is neither a folder of pictures nor an .npz file.")
+        raise ValueError(
+            f"`--train_data_dir` is {str(path)!r}, which is neither a folder of pictures nor an .npz file."
+        )
     return _load_folder(path, args, options)
 
 
@@ -103,7 +112,9 @@ def _load_npz(path: Path, args, options: dict) -> ImageCaptionDataset:
             raise ValueError(f"`--split` is {args.split!r}, which is none of {sorted(splits)} in {args.split_file}.")
         images, captions = images[splits[args.split]], captions[splits[args.split]]
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"`{args.image_column}` must be uint8 of shape (n, height, width, 3), not {images.dtype} {images.shape}.")
+        raise ValueError(
+            f"`{args.image_column}` must be uint8 of shape (n, height, width, 3), not {images.dtype} {images.shape}."
+        )
     if images.shape[1:3] != (args.resolution, args.resolution):
         images = [Image.fromarray(image) for image in images]
     return ImageCaptionDataset(images, captions, **options)
@@ -122,7 +133,9 @@ def _load_folder(path: Path, args, options: dict) -> ImageCaptionDataset:
         captions = [text.read_text().strip() if (text := file.with_suffix(".txt")).is_file() else "" for file in images]
     missing = [str(image) for image in images if not image.is_file()]
     if missing:
-        raise ValueError(f"`--train_data_dir` names {len(missing)} pictures that are not there, the first is {missing[0]}.")
+        raise ValueError(
+            f"`--train_data_dir` names {len(missing)} pictures that are not there, the first is {missing[0]}."
+        )
     return ImageCaptionDataset(images, captions, **options)
 
 
@@ -146,7 +159,14 @@ class GlobalBatches(Sampler):
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, seed: int, first_batch: int, last_batch: int, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        first_batch: int,
+        last_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.first_batch, self.last_batch = first_batch, last_batch

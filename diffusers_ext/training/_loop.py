@@ -64,7 +64,9 @@ class Task:
 def add_common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Arguments of every script, named and meant as in the diffusers examples."""
     data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", help="Folder of pictures with metadata.jsonl or .txt captions, or an .npz file.")
+    data.add_argument(
+        "--train_data_dir", help="Folder of pictures with metadata.jsonl or .txt captions, or an .npz file."
+    )
     data.add_argument("--dataset_name", help="Data set of the Hub or a local one, for the `datasets` package.")
     data.add_argument("--dataset_config_name")
     data.add_argument("--cache_dir")
@@ -145,7 +147,9 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
+        project_config=ProjectConfiguration(
+            project_dir=str(output_dir), logging_dir=str(output_dir / args.logging_dir)
+        ),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if args.allow_tf32:
@@ -178,7 +182,9 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     first_step = checkpoints.resume() if args.resume_from_checkpoint else 0
 
     if accelerator.is_main_process and args.report_to:
-        accelerator.init_trackers(Path(args.output_dir).name, config={k: v for k, v in vars(args).items() if _is_plain(v)})
+        accelerator.init_trackers(
+            Path(args.output_dir).name, config={k: v for k, v in vars(args).items() if _is_plain(v)}
+        )
     accumulate = args.gradient_accumulation_steps
     sampler = GlobalBatches(
         len(dataset), args.train_batch_size, args.seed, first_step * accumulate, args.max_train_steps * accumulate,
@@ -209,7 +215,9 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
             ema.step(parameters)
         progress.update()
         if step % 10 == 0 or step == args.max_train_steps:
-            mean_loss = accelerator.reduce(running, "mean").item() / (step - first_step if step - first_step < 10 else 10)
+            mean_loss = accelerator.reduce(running, "mean").item() / (
+                step - first_step if step - first_step < 10 else 10
+            )
             progress.set_postfix(loss=f"{mean_loss:.4f}", lr=f"{scheduler.get_last_lr()[0]:.1e}")
             accelerator.log({"loss": mean_loss, "lr": scheduler.get_last_lr()[0]}, step=step)
             if not math.isfinite(mean_loss):
@@ -332,7 +340,9 @@ class _Checkpoints:
         existing = self.existing()
         if wanted == "latest":
             if not existing:
-                logger.warning("`--resume_from_checkpoint latest`: %s holds no checkpoint, starting from step 0.", self.output_dir)
+                logger.warning(
+                    "`--resume_from_checkpoint latest`: %s holds no checkpoint, starting from step 0.", self.output_dir
+                )
                 return 0
             folder = existing[-1]
         else:
@@ -357,7 +367,9 @@ def picture_grid(pictures: list, columns: int, scale: int = 1):
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (i % columns * width, i // columns * height))
+        sheet.paste(
+            picture.resize((width, height), Image.Resampling.NEAREST), (i % columns * width, i // columns * height)
+        )
     return sheet
 
 

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from torch.nn import functional as F
 
+from ._card import training_card
 from ._data import SampleNoise
 from ._loop import Task, add_common_arguments, picture_grid, setup_logging, train
 
@@ -78,6 +79,9 @@ class AutoencoderTask(Task):
             latents = self.vae.encode(self._pixels(512)).latent_dist.mode()
         self.vae.register_to_config(scaling_factor=1.0 / latents.std().item())
         self.vae.save_pretrained(folder)
+
+    def card(self, args: argparse.Namespace, summary: dict[str, Any]) -> str:
+        return training_card(args, "train_autoencoder", "AutoencoderKL", summary, ["autoencoder"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
-from torch.nn import functional as F
 
+from ._card import training_card
 from ._data import SampleNoise
 from ._loop import Task, add_common_arguments, check_common_arguments, picture_grid, setup_logging, train
 
@@ -44,7 +44,9 @@ def diffusion_loss(
         timesteps: `(batch,)` integers in `[0, num_train_timesteps)`.
         snr_gamma: gamma of min-SNR weighting (Hang et al. 2023, equation 8, adapted to epsilon and v); None: no weights.
     """
-    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, encoder_hidden_states, return_dict=False)[0]
+    prediction = unet(
+        scheduler.add_noise(latents, noise, timesteps), timesteps, encoder_hidden_states, return_dict=False
+    )[0]
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         target = noise
@@ -64,7 +66,7 @@ class TextToImageTask(Task):
     def __init__(self, args: argparse.Namespace):
         self.args = args
         pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, safety_checker=None, torch_dtype=torch.float32,
+            args.pretrained_model_name_or_path, revision=args.revision, safety_checker=None, dtype=torch.float32,
             requires_safety_checker=False,
         )  # fmt: skip
         if args.vae_path is not None:
@@ -89,7 +91,9 @@ class TextToImageTask(Task):
             )
         if self.args.cache_latents:
             if self.args.random_flip or not self.args.center_crop:
-                raise ValueError("`--cache_latents` fixes each picture: use it with `--center_crop` and without `--random_flip`.")
+                raise ValueError(
+                    "`--cache_latents` fixes each picture: use it with `--center_crop` and without `--random_flip`."
+                )
             self.moments = self._encode_all(dataset)
 
     def _encode_all(self, dataset) -> torch.Tensor:
@@ -97,7 +101,9 @@ class TextToImageTask(Task):
         with torch.no_grad():
             for start in range(0, len(dataset), 64):
                 pixels = [dataset[i]["pixel_values"] for i in range(start, min(start + 64, len(dataset)))]
-                moments.append(self.pipeline.vae.encode(torch.stack(pixels).to(self.device)).latent_dist.parameters.cpu())
+                moments.append(
+                    self.pipeline.vae.encode(torch.stack(pixels).to(self.device)).latent_dist.parameters.cpu()
+                )
         return torch.cat(moments)
 
     def _latents(self, batch: dict[str, Any], noise: SampleNoise) -> torch.Tensor:
@@ -122,7 +128,9 @@ class TextToImageTask(Task):
         states = self.pipeline.text_encoder(tokens.input_ids.to(self.device), return_dict=False)[0]
         timesteps = noise.integers(self.scheduler.config.num_train_timesteps)
         epsilon = noise.normal(*latents.shape[1:])
-        return diffusion_loss(self.pipeline.unet, self.scheduler, latents, states, epsilon, timesteps, self.args.snr_gamma)
+        return diffusion_loss(
+            self.pipeline.unet, self.scheduler, latents, states, epsilon, timesteps, self.args.snr_gamma
+        )
 
     def validate(self, folder: Path, step: int) -> dict[str, Any]:
         prompts = self.args.validation_prompts or []
@@ -146,9 +154,14 @@ class TextToImageTask(Task):
         self.pipeline.text_encoder.eval()
         self.pipeline.save_pretrained(folder)
 
+    def card(self, args: argparse.Namespace, summary: dict[str, Any]) -> str:
+        return training_card(args, "train_text_to_image", "StableDiffusionPipeline", summary, ["text-to-image"])
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=inspect.cleandoc(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pretrained_model_name_or_path", required=True)
     parser.add_argument("--revision")
     parser.add_argument("--vae_path", help="Take the VAE from this folder instead.")

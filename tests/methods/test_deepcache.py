@@ -46,7 +46,9 @@ def layers_of(unet):
 def calls(unet, step) -> set[str]:
     """Names of the modules that one denoiser call really computes."""
     seen, handles = set(), []
-    leaves = [(name, module) for name, module in unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear))]
+    leaves = [
+        (name, module) for name, module in unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear))
+    ]
     for name, module in leaves:
         handles.append(module.register_forward_hook(lambda *_, name=name: seen.add(name)))
     predict(unet, step)
@@ -124,7 +126,9 @@ def test_a_cached_step_equals_the_slow_derivation_for_every_branch(name, layers)
         dx.enable(unet, dx.DeepCacheConfig(interval=2, branch=branch))
         predict(unet, 0)
         assert torch.equal(predict(unet, 1), expected), f"branch {branch}"
-        assert not torch.equal(expected, predict(plain, 1)), "the test would not notice a cache that computes everything"
+        assert not torch.equal(expected, predict(plain, 1)), (
+            "the test would not notice a cache that computes everything"
+        )
 
 
 @exact
@@ -199,7 +203,9 @@ def test_two_runs_another_batch_size_and_a_new_run_do_not_leak():
 
 def picture(pipe, **options):
     generator = torch.Generator().manual_seed(0)
-    return pipe("a person with tan skin", num_inference_steps=6, generator=generator, output_type="np", **options).images
+    return pipe(
+        "a person with tan skin", num_inference_steps=6, generator=generator, output_type="np", **options
+    ).images
 
 
 @exact
@@ -353,7 +359,10 @@ def test_controlnet_residuals_still_add_up():
         plain(**call)
         handle.remove()
         residuals = [torch.full((2, c, s, s), 0.1) for c, s in [(8, 8)] * 3 + [(8, 4)] + [(16, 4)] * 2 + [(16, 2)] * 3]
-        extra = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": torch.full(shapes[0], 0.2)}
+        extra = {
+            "down_block_additional_residuals": residuals,
+            "mid_block_additional_residual": torch.full(shapes[0], 0.2),
+        }
         expected = plain(**inputs(plain, 0), **extra, return_dict=False)[0]
         dx.enable(unet, dx.DeepCacheConfig(interval=2, branch=3))
         assert torch.equal(unet(**inputs(unet, 0), **extra, return_dict=False)[0], expected)
@@ -392,7 +401,9 @@ def test_a_branch_that_the_model_does_not_have_changes_nothing():
 
 @exact
 def test_a_transformer_is_refused():
-    dit = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4)
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4
+    )
     with pytest.raises(ValueError, match="does not work on DiTTransformer2DModel: it is no U-Net"):
         dx.enable(dit, dx.DeepCacheConfig())
 
@@ -437,7 +448,9 @@ def golden_run(unet, scheduler, denoise):
     with torch.no_grad():
         for t in scheduler.timesteps:
             latents = scheduler.step(denoise(unet, latents, t, states), t, latents, return_dict=False)[0]
-            numbers.append([latents.double().mean().item(), latents.double().std().item(), *latents[0, 0, 0, :3].tolist()])
+            numbers.append(
+                [latents.double().mean().item(), latents.double().std().item(), *latents[0, 0, 0, :3].tolist()]
+            )
     return numbers
 
 
@@ -448,7 +461,9 @@ def test_equals_the_authors_package(branch):
     unet = conditional()
     dx.enable(unet, dx.DeepCacheConfig(interval=3, branch=branch))
     numbers = golden_run(
-        unet, DDIMScheduler(clip_sample=False), lambda unet, x, t, states: unet(x, t, encoder_hidden_states=states, return_dict=False)[0]
+        unet,
+        DDIMScheduler(clip_sample=False),
+        lambda unet, x, t, states: unet(x, t, encoder_hidden_states=states, return_dict=False)[0],
     )
     torch.testing.assert_close(torch.tensor(numbers), torch.tensor(GOLDEN["runs"][str(branch)]), rtol=2e-4, atol=2e-4)
 

@@ -1,0 +1,47 @@
+# Everything happens in a virtual environment, .venv, made from python3 (3.10 or newer) on the first run:
+#     make demo        pictures with and without DeepCache; look at outputs/demo/contact_sheet.png
+#     make test        the tests, without the slow ones
+#     make test-all    all tests
+#     make lint        style and types
+#     make bench       measure all claims again and record them; KEY=deepcache measures one method
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKED := diffusers_ext tests benchmarks
+KEY ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
+
+.PHONY: help demo test test-all lint bench
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#  *make/make/p' Makefile
+
+# torch comes first and alone, so that its version is the pinned one whatever the others ask for.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit(f"Python 3.10 or newer is needed; $(PYTHON) is {v}. Try: make PYTHON=python3.12")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/diffusers-ext demo --output outputs/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	set -e; for key in $(KEY); do $(BIN)/diffusers-ext bench $$key; done
