@@ -1,6 +1,6 @@
 """Train the avatar judge on the `judge` split, measure it on the `reference` split, and write its model card.
 
-    python benchmarks/judges/train_avatars.py
+    python -m benchmarks.judges.train_avatars
 
 About three minutes on one core. Writes `config.json`, weights, `accuracy.json` and `README.md` into
 `diffusers_ext/zoo/avatars-judge`. Weights repeat bit for bit on one machine with one thread count.

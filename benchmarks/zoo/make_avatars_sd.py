@@ -177,6 +177,8 @@ def card(quality: dict[str, Any]) -> str:
         for name in ATTRIBUTES
     ]
     table = "\n".join(rows)
+    missed = [f"`{name}`" for name in ATTRIBUTES if quality["guided"][name] < 0.75]
+    limits = f"It does not follow {', '.join(missed)}. " if missed else ""
     return f"""---
 library_name: diffusers
 license: apache-2.0
@@ -188,8 +190,8 @@ tags:
 
 # avatars-sd
 
-A Stable Diffusion pipeline of {size_in_millions():.1f} M parameters that draws 32x32 pixel-art portraits from exact captions. It
-is the model on which `diffusers_ext` measures caches, adapters, quantizers and guidance: small enough for a CPU, trained
+A Stable Diffusion pipeline of {size_in_millions():.1f} M parameters that draws 32x32 pixel-art portraits from exact
+captions. It is the model on which `diffusers_ext` measures caches, adapters, quantizers and guidance: small enough for a CPU, trained
 on real pictures, and loaded by stock diffusers:
 
 ```python
@@ -205,12 +207,16 @@ Captions follow one grammar: skin and hair, then where there are any a hat, glas
 
 ## How well it follows captions
 
-Balanced accuracy on {quality["captions"]} captions that neither it nor the judge was trained on, {EVALUATION["steps"]} DDIM
-steps, read by a judge trained on other pictures. The last but one column is the judge on real pictures of those captions.
+Balanced accuracy on {quality["captions"]} captions that neither it nor the judge was trained on, {EVALUATION["steps"]}
+DDIM steps, read by a judge trained on other pictures. The last but one column is the judge on real pictures of those captions.
 
 | attribute | guidance {EVALUATION["guidance_scale"]:g} | interval | no guidance | judge on real pictures | goal |
 |---|---|---|---|---|---|
 {table}
+
+## Limits
+
+{limits}It draws portraits in this one style, from captions of this grammar, and must not be used to judge people.
 
 ## Training
 
