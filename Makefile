@@ -1,4 +1,4 @@
-# Everything happens in a virtual environment, .venv, made from python3 (3.10 or newer) on the first run:
+# Everything happens in a virtual environment, .venv, made from python3 (3.11 or newer) on the first run:
 #     make demo        pictures with and without DeepCache; look at outputs/demo/contact_sheet.png
 #     make test        the tests, without the slow ones
 #     make test-all    all tests
@@ -19,7 +19,7 @@ help:
 
 # torch comes first and alone, so that its version is the pinned one whatever the others ask for.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit(f"Python 3.10 or newer is needed; $(PYTHON) is {v}. Try: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed; $(PYTHON) is {v}. Try: make PYTHON=python3.12")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'

@@ -88,12 +88,18 @@ def detach_hook(module: nn.Module, name: str) -> None:
 
 
 def has_hook(module: nn.Module, name: str) -> bool:
-    """Whether hook `name` is registered and still in the chain that a call of `module` goes through."""
+    """Whether hook `name` is registered, and a call of `module` still goes through its registry's hooks.
+
+    accelerate puts back the forward that it had found when its own hook goes, and so drops hooks registered since.
+    """
     registry = module.__dict__.get("_diffusers_hook")
     if registry is None or name not in registry.hooks:
         return False
     forwards = (module.__dict__.get("forward"), module.__dict__.get("_old_forward"))
-    return any(_is_chain(forward, fn_ref) for forward in forwards for fn_ref in registry._fn_refs)
+    return any(
+        isinstance(forward, functools.partial) and forward.func.__module__ in (__name__, type(registry).__module__)
+        for forward in forwards
+    )
 
 
 def _is_chain(forward: Any, fn_ref: Any) -> bool:

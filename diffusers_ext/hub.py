@@ -207,13 +207,14 @@ def describe(source: Any) -> tuple[dict[str, Any], str | None]:
     """What a card says of a pipeline or of a saved folder: its index, and where it is from (a folder or a repository).
 
     Raises:
-        ValueError: `source` is a folder without `model_index.json`.
+        ValueError: `source` is a folder without `model_index.json`, or a pipeline that `save_pretrained` refuses.
     """
     if isinstance(source, (str, os.PathLike)):
         file = Path(source) / INDEX
         if not file.is_file():
             raise ValueError(f"`source` is {str(source)!r}, which has no {INDEX}.")
         return json.loads(file.read_text(encoding="utf-8")), str(source)
+    _check(source)
     origin = source.config.get("_name_or_path")
     index = {"_class_name": type(source).__name__, **_private_keys(source, _loras.rows(source))}
     return index, None if origin is None else str(origin)

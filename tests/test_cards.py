@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import diffusers_ext as dx
 from diffusers_ext import cards, proofs
 from diffusers_ext.registry import get_method
 
@@ -163,3 +164,13 @@ def test_base_model_and_licence(folder, tmp_path):
 def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no model_index.json"):
         cards.pipeline_card(tmp_path)
+
+
+def test_a_pipeline_in_memory_has_the_card_that_is_saved_with_it(pipe, tmp_path):
+    dx.enable(pipe, dx.DeepCacheConfig(interval=5))
+    dx.save_pretrained(pipe, tmp_path)
+    card = cards.pipeline_card(pipe)
+    assert card == (tmp_path / "README.md").read_text()
+    assert "interval=5" in card
+    with pytest.raises(ValueError, match="`pipe` is UNet2DConditionModel"):
+        cards.pipeline_card(pipe.unet)

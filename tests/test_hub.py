@@ -89,14 +89,13 @@ WITH_US = """
     # Classes of ours.
     (work / "toy").mkdir()
     with toy.installed(work / "toy") as toys:
-        ours = toys.ToyPipeline(**pipe.components, requires_safety_checker=False)
-        ours.scheduler = toys.ToyScheduler(hold=0.2)
+        ours = toy.toy_pipeline(pipe, toys, hold=0.2)
         seen["toy"] = draw(ours)
         dx.push_to_hub(ours, "tester/toy")
         dx.save_pretrained(ours, work / "saved")
         loaded = load("tester/toy")
-        same = [type(loaded) is toys.ToyPipeline, type(loaded.scheduler) is toys.ToyScheduler]
-        seen["toy pulled"] = [draw(loaded), *same]
+        types = [type(loaded), type(loaded.scheduler), type(loaded.unet)]
+        seen["toy pulled"] = [draw(loaded), types == [toys.ToyPipeline, toys.ToyScheduler, toys.ToyUNet]]
         ours.scheduler = StableDiffusionPipeline.from_pretrained(zoo).scheduler
         dx.push_to_hub(ours, "tester/toy", revision="other-scheduler")
 
@@ -154,7 +153,7 @@ WITHOUT_US = """
     seen["toy"] = [draw(pulled), draw(local)]
     scheduler = pulled.scheduler
     seen["toy says"] = [type(pulled).__name__, pulled.say(), type(scheduler).__name__, scheduler.config.hold]
-    seen["toy's modules"] = [type(pulled).__module__, type(scheduler).__module__]
+    seen["toy's modules"] = [type(part).__module__ for part in (pulled, scheduler, pulled.unet)]
     seen["imported"] = sorted(name for name in sys.modules if name.startswith("diffusers_ext") and sys.modules[name])
 """
 END = """
@@ -287,7 +286,7 @@ def test_lora_files_travel_and_go(hub, sessions):
 
 def test_classes_of_ours_travel(hub, sessions):
     with_us, without_us = sessions
-    assert with_us["toy pulled"] == [with_us["toy"], True, True]
+    assert with_us["toy pulled"] == [with_us["toy"], True]
     assert without_us["toy"] == [with_us["toy"], with_us["toy"]]
     assert without_us["toy says"] == ["ToyPipeline", "toy 2", "ToyScheduler", 0.2]
     assert all(module.startswith("diffusers_modules.local") for module in without_us["toy's modules"])
@@ -297,7 +296,7 @@ def test_classes_of_ours_travel(hub, sessions):
         assert "contains custom code" in message
         assert "trust_remote_code=True" in message
     code = {name for name in hub.files("tester/toy") if name.endswith(".py")}
-    assert {name.partition("_toy_")[0] for name in code} == {"pipeline", "scheduler/scheduling"}
+    assert {name.partition("_toy_")[0] for name in code} == {"pipeline", "scheduler/scheduling", "unet/modeling"}
     assert {name for name in hub.files("tester/toy", "other-scheduler") if name.endswith(".py")} < code
 
 

@@ -186,21 +186,22 @@ def test_errors_name_the_cause(pipe, tmp_path):
 
 
 def test_classes_of_ours_come_from_the_installed_package(pipe, toys, tmp_path):
-    pipe = toys.ToyPipeline(**pipe.components, requires_safety_checker=False)
-    pipe.scheduler = toys.ToyScheduler(hold=0.1)
+    pipe = toy.toy_pipeline(pipe, toys, hold=0.1)
     expected = draw(pipe)
     folder = dx.save_pretrained(pipe, tmp_path / "saved")
     saved = index(folder)
-    assert saved["_dx_classes"] == {"scheduler": "ToyScheduler", "_class_name": "ToyPipeline"}
+    assert saved["_dx_classes"] == {"scheduler": "ToyScheduler", "unet": "ToyUNet", "_class_name": "ToyPipeline"}
     (scheduler_file,) = (folder / "scheduler").glob("*.py")
+    (model_file,) = (folder / "unet").glob("*.py")
     (pipeline_file,) = folder.glob("*.py")
     assert saved["scheduler"] == [scheduler_file.stem, "ToyScheduler"]
+    assert saved["unet"] == [model_file.stem, "ToyUNet"]
     assert saved["_class_name"] == [pipeline_file.stem, "ToyPipeline"]
     assert scheduler_file.stem.startswith("scheduling_toy_")
 
     loaded = dx.Pipeline.from_pretrained(folder)
     assert type(loaded) is toys.ToyPipeline
-    assert type(loaded.scheduler) is toys.ToyScheduler
+    assert (type(loaded.scheduler), type(loaded.unet)) == (toys.ToyScheduler, toys.ToyUNet)
     assert loaded.scheduler.config.hold == 0.1
     assert loaded.say() == "toy 2"
     assert torch.equal(draw(loaded), expected)
@@ -209,7 +210,7 @@ def test_classes_of_ours_come_from_the_installed_package(pipe, toys, tmp_path):
         is DDIMScheduler
     )
     assert dx.save_pretrained(loaded, folder) == folder  # the same sources, the same names: nothing piles up
-    assert list(folder.rglob("*.py")) == [pipeline_file, scheduler_file]
+    assert set(folder.rglob("*.py")) == {pipeline_file, scheduler_file, model_file}
 
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(folder)
@@ -425,10 +426,13 @@ def test_nothing_half_written_stays(pipe, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(pipe.vae, "save_pretrained", fail, raising=False)
+    add_lora(pipe.unet, "style")
+    before = list(pipe.unet.state_dict())
+    monkeypatch.setattr(pipe.unet, "save_pretrained", fail, raising=False)
     with pytest.raises(RuntimeError, match="disk full"):
         dx.save_pretrained(pipe, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
+    assert list(pipe.unet.state_dict()) == before
 
 
 def test_what_would_be_lost_or_leaked_is_refused(pipe, tmp_path):

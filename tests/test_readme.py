@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 
@@ -23,10 +24,13 @@ def test_code_runs(tmp_path):
         assert {"model_index.json", "README.md"} <= set(hub.files(f"{USER}/my-avatars"))
 
 
-def test_supported_range_is_the_one_declared():
+def test_supported_versions_are_those_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     stated = re.search(r"Supported: `(.*?)`", README)
-    assert stated is not None
-    assert f'"{stated[1]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert stated is not None and stated[1] in project["dependencies"]
+    python = project["requires-python"].removeprefix(">=")
+    assert f"Python {python} or newer" in README
+    assert f"sys.version_info >= ({python.replace('.', ', ')})" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", re.findall(r"^\| `([\w/]+)` \|", README, re.MULTILINE))

@@ -1,6 +1,6 @@
-"""A scheduler and a pipeline that live in `diffusers_ext` for the time of a test, as classes of this package do.
+"""A scheduler, a model and a pipeline that live in `diffusers_ext` for the time of a test, as classes of it do.
 
-Their modules are written into a folder: two files and the core that they share.
+Their modules are written into a folder: one file each, and the core that they share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 PACKAGE = "diffusers_ext.toy"
 SOURCES = {
     "_toy_core": '''
-        """What the toy scheduler and the toy pipeline share."""
+        """What the toys share."""
 
         from __future__ import annotations
 
@@ -66,6 +66,22 @@ SOURCES = {
                 new = blend(new, sample, self.config.hold)
                 return SchedulerOutput(prev_sample=new) if return_dict else (new,)
     ''',
+    "modeling_toy": '''
+        """A model for tests: a U-Net that is not quite sure of its noise."""
+
+        from __future__ import annotations
+
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel, UNet2DConditionOutput
+
+        from ._toy_core import blend
+
+
+        class ToyUNet(UNet2DConditionModel):
+            def forward(self, sample, timestep, encoder_hidden_states, return_dict: bool = True, **kwargs):
+                (noise,) = super().forward(sample, timestep, encoder_hidden_states, return_dict=False, **kwargs)
+                noise = blend(noise, sample, 0.01)
+                return UNet2DConditionOutput(sample=noise) if return_dict else (noise,)
+    ''',
     "pipeline_toy": '''
         """A pipeline for tests: Stable Diffusion that says its name."""
 
@@ -83,9 +99,17 @@ SOURCES = {
 }
 
 
+def toy_pipeline(pipe: Any, toys: types.SimpleNamespace, hold: float) -> Any:
+    """The toy pipeline with a toy scheduler and a toy U-Net, of the weights of `pipe`."""
+    unet = toys.ToyUNet.from_config(pipe.unet.config)
+    unet.load_state_dict(pipe.unet.state_dict())
+    components = {**pipe.components, "scheduler": toys.ToyScheduler(hold=hold), "unet": unet.eval()}
+    return toys.ToyPipeline(**components, requires_safety_checker=False)
+
+
 @contextlib.contextmanager
 def installed(folder: Path) -> Iterator[types.SimpleNamespace]:
-    """Write the modules into `folder` and make `ToyScheduler` and `ToyPipeline` public names of `diffusers_ext`."""
+    """Write the modules into `folder` and make their classes public names of `diffusers_ext`."""
     import diffusers_ext
     from diffusers_ext import registry
 
@@ -94,7 +118,11 @@ def installed(folder: Path) -> Iterator[types.SimpleNamespace]:
     package: Any = types.ModuleType(PACKAGE)
     package.__path__ = [str(folder)]
     sys.modules[PACKAGE] = package
-    names = {"ToyScheduler": f"{PACKAGE}.scheduling_toy", "ToyPipeline": f"{PACKAGE}.pipeline_toy"}
+    names = {
+        "ToyScheduler": f"{PACKAGE}.scheduling_toy",
+        "ToyUNet": f"{PACKAGE}.modeling_toy",
+        "ToyPipeline": f"{PACKAGE}.pipeline_toy",
+    }
     registry.LAZY_NAMES.update(names)
     try:
         yield types.SimpleNamespace(

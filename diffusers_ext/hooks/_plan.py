@@ -98,20 +98,20 @@ class CacheRun:
             self.manager.set_context(CacheContext("default"))
         state = self.manager.get_state()
         signature = (sample.shape, sample.dtype, sample.device)
-        if state.signature != signature or (not self.announced and self._went_back(state)):
+        timestep = None if self.announced else self._timestep()
+        went_back = timestep is not None and state.timestep is not None and timestep > state.timestep
+        if state.signature != signature or went_back:
             state.reset()
-        state.signature = signature
+        state.signature, state.timestep = signature, timestep
         state.step += 1
         state.mode = self.plan.mode(state.step, self.num_steps)
         self.state, self.timesteps = state, None
 
-    def _went_back(self, state: RunState) -> bool:
-        """Whether noise went up since the last call, as it only does in a new run. Reads the timestep's value."""
-        if self.timesteps is None:
-            return False
-        timestep = float(self.timesteps.flatten()[0]) if torch.is_tensor(self.timesteps) else float(self.timesteps)
-        last, state.timestep = state.timestep, timestep
-        return last is not None and timestep > last
+    def _timestep(self) -> float | None:
+        """Value of the timestep, which only goes up in a new run. On a GPU reading it waits for the device."""
+        if self.timesteps is None or not torch.is_tensor(self.timesteps):
+            return self.timesteps
+        return float(self.timesteps.flatten()[0])
 
 
 class _ClockHook(ModelHook):

@@ -17,6 +17,10 @@ _SIDE = 32
 _BATCH = 256
 
 
+def _convolution(channels_in: int, channels_out: int, **options: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels_in, channels_out, bias=False, **options), nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+
 class AvatarJudge(ModelMixin, ConfigMixin):
     """Attribute classifier for 32x32 avatars: one convolutional trunk, and one linear head an attribute.
 
@@ -25,7 +29,8 @@ class AvatarJudge(ModelMixin, ConfigMixin):
         judge.score(pictures, captions)     # {"hat": 0.99, ..., "skin": 0.97}
 
     Args:
-        channels: output channels of the three convolutions, at resolutions 16, 16 and 8.
+        channels: width of the trunk: of the two layers that see colours and edges at resolution 16, of the layer that
+            sees shapes there, and of the layer at resolution 8.
     """
 
     @register_to_config
@@ -33,19 +38,14 @@ class AvatarJudge(ModelMixin, ConfigMixin):
         super().__init__()
         first, second, third = channels
         self.trunk = nn.Sequential(
-            nn.Conv2d(3, first, kernel_size=4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(first),
-            nn.ReLU(),
-            nn.Conv2d(first, second, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(second),
-            nn.ReLU(),
+            *_convolution(3, first, kernel_size=4, stride=2, padding=1),
+            *_convolution(first, first, kernel_size=1),  # tells colours apart that differ by 10 of 255
+            *_convolution(first, second, kernel_size=3, padding=1),
             nn.MaxPool2d(2),
-            nn.Conv2d(second, third, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(third),
-            nn.ReLU(),
+            *_convolution(second, third, kernel_size=3, padding=1),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Dropout(0.2),
+            nn.Dropout(0.4),
         )
         features = third * (_SIDE // 8) ** 2
         self.heads = nn.ModuleDict({name: nn.Linear(features, len(classes)) for name, classes in CLASSES.items()})

@@ -197,6 +197,7 @@ def test_two_runs_another_batch_size_and_a_new_run_do_not_leak():
     dx.enable(unet, dx.DeepCacheConfig(interval=3))
     for step in range(5):
         predict(unet, step)
+    predict(unet, 2, batch=3, seed=1)  # another batch size: a new run, broken off after one step
     for _ in range(2):  # the timestep goes up: a new run
         assert all(torch.equal(predict(unet, step, batch=3, seed=1), expected[step]) for step in range(5))
 
@@ -279,15 +280,22 @@ def test_a_deep_copy_has_its_own_weights_and_state(pipe):
 
 @exact
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", ["module", "leaves"])
+@pytest.mark.parametrize("kind", ["module", "leaves", "groups"])
 def test_offloading_in_both_orders(when, kind):
-    """accelerate's hooks on the whole model (as `enable_model_cpu_offload`) and on each leaf (as the sequential one)."""
+    """accelerate's hooks on the whole model and on each leaf (`enable_model_cpu_offload` and the sequential one), and
+    diffusers' group offloading."""
     from accelerate import cpu_offload, cpu_offload_with_hook
     from accelerate.hooks import remove_hook_from_module
+    from diffusers.hooks import apply_group_offloading
+
+    from diffusers_ext.hooks._plan import find_run
 
     def offload(unet):
         if kind == "leaves":
             cpu_offload(unet, torch.device("cpu"))
+        elif kind == "groups":
+            device = torch.device("cpu")
+            apply_group_offloading(unet, onload_device=device, offload_device=device, offload_type="leaf_level")
         else:
             cpu_offload_with_hook(unet, torch.device("cpu"))
 
@@ -301,6 +309,7 @@ def test_offloading_in_both_orders(when, kind):
     dx.enable(unet, dx.DeepCacheConfig(interval=2, branch=1))
     if when == "after":
         offload(unet)
+    assert find_run(unet, "deepcache") is not None
     for _ in range(2):
         assert all(torch.equal(predict(unet, step), expected[step]) for step in range(4))
     dx.disable(unet)
