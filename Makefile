@@ -29,6 +29,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/diffusers-ext demo --output outputs/demo
 
@@ -43,5 +47,5 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-bench
 	set -e; for key in $(KEY); do $(BIN)/diffusers-ext bench $$key; done
