@@ -46,12 +46,6 @@ def make_targets(captions: Sequence[str]) -> dict[str, torch.Tensor]:
     return targets
 
 
-def class_weights(target: torch.Tensor, classes: int) -> torch.Tensor:
-    """Weights under which every class counts alike in the loss, as it does in balanced accuracy."""
-    counts = torch.bincount(target[target >= 0], minlength=classes)
-    return counts.sum() / (classes * counts)
-
-
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Changes that keep every label, so that the judge also reads the blurred and noisy pictures of a generator.
 
@@ -86,7 +80,6 @@ def train(pixels: torch.Tensor, captions: Sequence[str], epochs: int, batch_size
     generator = torch.Generator().manual_seed(seed)
     judge = AvatarJudge().train()
     targets = make_targets(captions)
-    weights = {name: class_weights(target, len(CLASSES[name])) for name, target in targets.items()}
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     steps = len(pixels) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=epochs * steps)
@@ -95,7 +88,7 @@ def train(pixels: torch.Tensor, captions: Sequence[str], epochs: int, batch_size
             total = 0.0
             for rows in torch.randperm(len(pixels), generator=generator)[: steps * batch_size].split(batch_size):
                 logits = judge.logits(augment(pixels[rows], generator))
-                loss = sum(F.cross_entropy(logits[name], targets[name][rows], weights[name]) for name in ATTRIBUTES)
+                loss = sum(F.cross_entropy(logits[name], targets[name][rows]) for name in ATTRIBUTES)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
