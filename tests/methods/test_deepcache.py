@@ -503,10 +503,9 @@ def test_the_recorded_result_holds_what_the_card_states():
     from diffusers_ext import proofs
 
     result = proofs.read_result("deepcache")
-    names = {claim["name"] for claim in result["claims"]}
-    assert {"equal_macs_psnr", "time_over_package", "cached_step_over_listed_modules", "compiled_speedup"} <= {
-        re.sub(r"_(N|b)\d+.*$", "", name) for name in names
-    }
+    names = [claim["name"] for claim in result["claims"]]
+    for wanted in ("equal_macs_psnr", "time_over_package", "cached_step_over_listed_modules", "compiled_speedup"):
+        assert any(name.startswith(wanted) for name in names), f"{wanted} was not measured"
     assert all(claim["holds"] in (True, False) for claim in result["claims"] if claim["goal"] is not None)
 
 
