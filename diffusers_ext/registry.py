@@ -12,14 +12,10 @@ import importlib.abc
 import importlib.metadata
 import importlib.util
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 ENTRY_POINT_GROUP = "diffusers_ext.methods"

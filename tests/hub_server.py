@@ -23,10 +23,8 @@ import tempfile
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
-
-from typing_extensions import Self
 
 USER = "tester"
 TOKEN = "hf_" + "t" * 34
