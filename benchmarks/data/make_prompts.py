@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parents[1] / "diffusers_ext" / "zoo" / "avatars-sd" / "prompts.json"
 NUM_PROMPTS = 24
 GUIDANCE_SCALE = 3.0
-NUM_INFERENCE_STEPS = 50
+NUM_INFERENCE_STEPS = 30
 
 
 def choose(captions: list[str], count: int) -> list[str]:
