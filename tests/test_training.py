@@ -20,7 +20,7 @@ from PIL import Image
 import diffusers_ext as dx
 from diffusers_ext.training import train_autoencoder, train_text_to_image
 from diffusers_ext.training._data import GlobalBatches, ImageCaptionDataset, SampleNoise, load_dataset
-from diffusers_ext.training.train_text_to_image import diffusion_loss
+from diffusers_ext.training._diffusion import diffusion_loss, flow_matching_loss
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,16 +174,31 @@ def test_the_loss_of_an_exact_denoiser_is_zero(prediction_type):
     timesteps = torch.tensor([10, 500, 990])
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
 
-    def unet(offset):
-        return lambda x, t, states, return_dict: (target + offset,)
+    def off_by(offset):
+        return lambda x, t: target + offset
 
-    states = torch.zeros(3, 1, 1)
-    assert diffusion_loss(unet(0.0), scheduler, latents, states, noise, timesteps).item() == 0.0
-    assert diffusion_loss(unet(0.5), scheduler, latents, states, noise, timesteps).item() == pytest.approx(0.25)
+    assert diffusion_loss(off_by(0.0), scheduler, latents, noise, timesteps).item() == 0.0
+    assert diffusion_loss(off_by(0.5), scheduler, latents, noise, timesteps).item() == pytest.approx(0.25)
     snr = scheduler.alphas_cumprod[timesteps] / (1 - scheduler.alphas_cumprod[timesteps])
     weight = snr.clamp(max=5.0) / (snr if prediction_type == "epsilon" else snr + 1)
-    weighted = diffusion_loss(unet(0.5), scheduler, latents, states, noise, timesteps, snr_gamma=5.0)
+    weighted = diffusion_loss(off_by(0.5), scheduler, latents, noise, timesteps, snr_gamma=5.0)
     assert weighted.item() == pytest.approx(0.25 * weight.mean().item(), rel=1e-5)
+
+
+def test_the_flow_matching_loss_of_the_exact_velocity_is_zero():
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn((2, 3, 4, 4, 4), generator=generator)
+    sigmas = torch.tensor([0.0, 0.3, 1.0])
+    seen = []
+
+    def velocity(noisy, at):
+        seen.append(noisy)
+        return noise - clean
+
+    assert flow_matching_loss(velocity, clean, noise, sigmas).item() == 0.0
+    torch.testing.assert_close(seen[0][0], clean[0])
+    torch.testing.assert_close(seen[0][2], noise[2])
+    assert flow_matching_loss(lambda *_: noise - clean + 0.5, clean, noise, sigmas).item() == pytest.approx(0.25)
 
 
 def launch(*flags, processes=1):

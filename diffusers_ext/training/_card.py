@@ -14,7 +14,12 @@ _LOCAL = {"output_dir", "logging_dir", "cache_dir", "hub_token", "push_to_hub", 
 
 
 def training_card(
-    args: argparse.Namespace, script: str, class_name: str, summary: dict[str, Any], tags: list[str]
+    args: argparse.Namespace,
+    script: str,
+    class_name: str,
+    summary: dict[str, Any],
+    tags: list[str],
+    library: str = "diffusers",
 ) -> str:
     """Markdown with metadata; names of local files are shortened to their last part.
 
@@ -24,9 +29,10 @@ def training_card(
         class_name: class that loads the result.
         summary: what `train` returned: optimizer steps, seconds, processes.
         tags: for the Hub.
+        library: the package that has the class.
     """
     repo_id = args.hub_model_id or "path/to/this/folder"
-    data: dict[str, Any] = {"library_name": "diffusers", "tags": ["diffusers_ext", "diffusers-training", *tags]}
+    data: dict[str, Any] = {"library_name": library, "tags": ["diffusers_ext", "diffusers-training", *tags]}
     base = args.pretrained_model_name_or_path
     if not Path(base).exists():
         data["base_model"] = base
@@ -44,7 +50,7 @@ def training_card(
         title=repo_id.rpartition("/")[2] if args.hub_model_id else class_name,
         what=f"A `{class_name}` trained with `diffusers_ext.training.{script}`.",
         samples=f"![samples](samples/{picture[-1].name})" if picture else "",
-        loading=f"```python\nfrom diffusers import {class_name}\n\nmodel = {class_name}.from_pretrained({repo_id!r})\n```",
+        loading=f"```python\nfrom {library} import {class_name}\n\nmodel = {class_name}.from_pretrained({repo_id!r})\n```",
         settings=_table(["setting", "value"], rows),
     )
     return _card(data, body)

@@ -8,7 +8,7 @@ one process with the doubled batch sees.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,31 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class ImageCaptionDataset(Dataset):
-    """Pictures and captions, as `{"pixel_values": (3, resolution, resolution) in [-1, 1], "caption": str}`.
+    """Pictures with captions or class labels, as `{"pixel_values": (3, resolution, resolution) in [-1, 1], "caption":
+    str, "label": int}`; grey pictures have one channel.
 
     Args:
-        images: `uint8` array of shape `(n, height, width, 3)`, list of paths, or list of PIL images.
-        captions: one caption a picture.
+        images: `uint8` array of shape `(n, height, width, 3)` or, grey, `(n, height, width)`, list of paths, or list of
+            PIL images.
+        captions: one caption a picture, or None: all empty.
+        labels: one class a picture, or None: all 0.
         resolution: side of the square pictures in pixels. Other sizes are resized (bicubic) and cropped.
         center_crop, random_flip: as in the diffusers training scripts; a flip is drawn from the sample's own generator.
     """
 
-    def __init__(self, images, captions, resolution: int, center_crop: bool = True, random_flip: bool = False):
-        if len(images) != len(captions):
-            raise ValueError(
-                f"`captions` has {len(captions)} entries for {len(images)} pictures; one a picture is needed."
-            )
+    def __init__(
+        self, images, captions, resolution: int, center_crop: bool = True, random_flip: bool = False, labels=None
+    ):
+        for name, given in (("captions", captions), ("labels", labels)):
+            if given is not None and len(images) != len(given):
+                raise ValueError(
+                    f"`{name}` has {len(given)} entries for {len(images)} pictures; one a picture is needed."
+                )
         if len(images) == 0:
             raise ValueError("The training data holds no picture.")
-        self.images, self.captions = images, [str(caption) for caption in captions]
+        self.images = images
+        self.captions = [""] * len(images) if captions is None else [str(caption) for caption in captions]
+        self.labels = [0] * len(images) if labels is None else [int(label) for label in labels]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
 
     def __len__(self) -> int:
@@ -49,13 +57,19 @@ class ImageCaptionDataset(Dataset):
         image = self.images[index]
         if not isinstance(image, np.ndarray):
             image = np.asarray(self._load(image, sample_id))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+        pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1.0
+        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
         if self.random_flip and torch.rand((), generator=generator_for(_FLIP, sample_id)) < 0.5:
             pixels = pixels.flip(-1)
-        return {"pixel_values": pixels, "caption": self.captions[index], "index": index, "sample_id": sample_id}
+        return {
+            "pixel_values": pixels, "caption": self.captions[index], "label": self.labels[index], "index": index,
+            "sample_id": sample_id,
+        }  # fmt: skip
 
     def _load(self, image, sample_id: int) -> Image.Image:
-        image = (Image.open(image) if isinstance(image, (str, Path)) else image).convert("RGB")
+        image = Image.open(image) if isinstance(image, (str, Path)) else image
+        if image.mode != "L":
+            image = image.convert("RGB")
         side = self.resolution
         if image.size == (side, side):
             return image
@@ -71,79 +85,120 @@ class ImageCaptionDataset(Dataset):
         return image.crop((left, top, left + side, top + side))
 
 
-def load_dataset(args) -> ImageCaptionDataset:
-    """The dataset that `--train_data_dir` (image folder with `metadata.jsonl`, or an `.npz`) or `--dataset_name` names."""
-    options = {"resolution": args.resolution, "center_crop": args.center_crop, "random_flip": args.random_flip}
+def load_dataset(args, annotations: tuple[str, ...] = ("caption",)) -> ImageCaptionDataset:
+    """The dataset that `--train_data_dir` (folder of pictures, or an `.npz`) or `--dataset_name` names.
+
+    A folder has a `metadata.jsonl`, or captions in `.txt` files beside the pictures and classes by subfolder.
+
+    Args:
+        args: the parsed arguments.
+        annotations: which of `caption` and `label` the task reads: `--caption_column` and `--label_column` have to
+            exist for those only.
+    """
     if args.dataset_name is not None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(
-                "`--dataset_name` needs the `datasets` package: pip install 'diffusers_ext[train]'"
-            ) from error
-        rows = datasets.load_dataset(
-            args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train"
-        )
-        for name, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
-            if column not in rows.column_names:
-                raise ValueError(f"`{name}` is {column!r}, which is none of the columns {rows.column_names}.")
-        return ImageCaptionDataset(rows[args.image_column], rows[args.caption_column], **options)
+        return _load_datasets(args, annotations)
     path = Path(args.train_data_dir)
     if path.suffix == ".npz":
-        return _load_npz(path, args, options)
+        return _load_npz(path, args, annotations)
     if not path.is_dir():
         raise ValueError(
             f"`--train_data_dir` is {str(path)!r}, which is neither a folder of pictures nor an .npz file."
         )
-    return _load_folder(path, args, options)
+    return _load_folder(path, args, annotations)
 
 
-def _load_npz(path: Path, args, options: dict) -> ImageCaptionDataset:
+def _dataset(args, images, found: dict[str, Any]) -> ImageCaptionDataset:
+    return ImageCaptionDataset(
+        images, found.get("caption"), args.resolution, args.center_crop, args.random_flip, found.get("label")
+    )
+
+
+def _columns(args, annotations: tuple[str, ...], there: Iterable[str], where: str) -> dict[str, str]:
+    """Names of the columns by what they hold, `image` first.
+
+    Raises:
+        ValueError: a column is not there.
+    """
+    names = {name: getattr(args, f"{name}_column") for name in ("image", *annotations)}
+    for name, column in names.items():
+        if column not in there:
+            raise ValueError(f"`--{name}_column` is {column!r}, which is none of {sorted(there)} in {where}.")
+    return names
+
+
+def _load_datasets(args, annotations: tuple[str, ...]) -> ImageCaptionDataset:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "`--dataset_name` needs the `datasets` package: pip install 'diffusers_ext[train]'"
+        ) from error
+    rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
+    names = _columns(args, annotations, rows.column_names, args.dataset_name)
+    return _dataset(args, rows[names.pop("image")], {name: rows[column] for name, column in names.items()})
+
+
+def _load_npz(path: Path, args, annotations: tuple[str, ...]) -> ImageCaptionDataset:
     if not path.is_file():
         raise ValueError(f"`--train_data_dir` is {str(path)!r}, and there is no such file.")
     with np.load(path, allow_pickle=False) as data:
-        for name, column in (("--image_column", args.image_column), ("--caption_column", args.caption_column)):
-            if column not in data.files:
-                raise ValueError(f"`{name}` is {column!r}, which is none of the arrays {data.files} in {path.name}.")
-        images, captions = data[args.image_column], data[args.caption_column]
+        found = {name: data[column] for name, column in _columns(args, annotations, data.files, path.name).items()}
     if args.split_file is not None:
         splits = json.loads(Path(args.split_file).read_text())
         if args.split not in splits:
             raise ValueError(f"`--split` is {args.split!r}, which is none of {sorted(splits)} in {args.split_file}.")
-        images, captions = images[splits[args.split]], captions[splits[args.split]]
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        rows = splits[args.split]
+        rows = slice(rows["start"], rows["stop"]) if isinstance(rows, dict) else rows
+        found = {name: values[rows] for name, values in found.items()}
+    images = found.pop("image")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3):
         raise ValueError(
-            f"`{args.image_column}` must be uint8 of shape (n, height, width, 3), not {images.dtype} {images.shape}."
+            f"`--image_column` {args.image_column!r} must hold uint8 of shape (n, height, width, 3) or (n, height, "
+            f"width), not {images.dtype} {images.shape}."
         )
     if images.shape[1:3] != (args.resolution, args.resolution):
         images = [Image.fromarray(image) for image in images]
-    return ImageCaptionDataset(images, captions, **options)
+    return _dataset(args, images, found)
 
 
-def _load_folder(path: Path, args, options: dict) -> ImageCaptionDataset:
+def _load_folder(path: Path, args, annotations: tuple[str, ...]) -> ImageCaptionDataset:
     metadata = path / "metadata.jsonl"
+    found: dict[str, Any] = {}
     if metadata.is_file():
         rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
-        for name in ("file_name", args.caption_column):
-            if any(name not in row for row in rows):
-                raise ValueError(f"Every line of {metadata} needs {name!r}; at least one has none.")
-        images, captions = [path / row["file_name"] for row in rows], [row[args.caption_column] for row in rows]
-    else:  # a caption beside each picture, or none
+        names = {name: getattr(args, f"{name}_column") for name in annotations}
+        for column in ("file_name", *names.values()):
+            if any(column not in row for row in rows):
+                raise ValueError(f"Every line of {metadata} needs {column!r}; at least one has none.")
+        images = [path / row["file_name"] for row in rows]
+        found = {name: [row[column] for row in rows] for name, column in names.items()}
+    else:
         images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        captions = [text.read_text().strip() if (text := file.with_suffix(".txt")).is_file() else "" for file in images]
+        if "caption" in annotations:  # beside each picture, or none
+            texts = [file.with_suffix(".txt") for file in images]
+            found["caption"] = [text.read_text().strip() if text.is_file() else "" for text in texts]
+        if "label" in annotations:
+            classes = sorted({file.relative_to(path).parts[0] for file in images if file.parent != path})
+            if any(file.parent == path for file in images):
+                raise ValueError(f"{path} has pictures outside its class folders ({', '.join(classes) or 'none'}).")
+            found["label"] = [classes.index(file.relative_to(path).parts[0]) for file in images]
     missing = [str(image) for image in images if not image.is_file()]
     if missing:
         raise ValueError(
             f"`--train_data_dir` names {len(missing)} pictures that are not there, the first is {missing[0]}."
         )
-    return ImageCaptionDataset(images, captions, **options)
+    return _dataset(args, images, found)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    batch: dict[str, Any] = {"caption": [row["caption"] for row in rows]}
-    for name in ("index", "sample_id"):
-        batch[name] = torch.tensor([row[name] for row in rows])
-    batch["pixel_values"] = torch.stack([row["pixel_values"] for row in rows])
+    """Rows as a batch: tensors stacked, integers as one tensor, texts as a list."""
+    batch: dict[str, Any] = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if isinstance(first, torch.Tensor):
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = torch.tensor(values) if isinstance(first, int) else values
     return batch
 
 

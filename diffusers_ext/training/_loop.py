@@ -23,10 +23,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ._data import GlobalBatches, ImageCaptionDataset, SampleNoise, collate, load_dataset
+from ._data import GlobalBatches, SampleNoise, collate, load_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,17 @@ class Task:
     Attributes:
         trained: the modules to train, by the name of the folder that each is saved in. Each has `save_pretrained` and
             a `from_pretrained` that restores it.
+        on_device: entries of a batch that the loss wants on the device.
     """
 
     trained: dict[str, nn.Module]
+    on_device: tuple[str, ...] = ("pixel_values",)
 
-    def prepare(self, dataset: ImageCaptionDataset, accelerator: Accelerator) -> None:
+    def dataset(self, args: argparse.Namespace) -> Dataset:
+        """What to train on: rows are dictionaries, asked for by `(index, global sample number)`."""
+        return load_dataset(args)
+
+    def prepare(self, dataset: Any, accelerator: Accelerator) -> None:
         """Move frozen parts to the device, cache what does not change. Called once, before training."""
 
     def loss(self, batch: dict[str, Any], noise: SampleNoise) -> torch.Tensor:
@@ -62,7 +68,7 @@ class Task:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Arguments of every script, named and meant as in the diffusers examples."""
+    """Arguments of every script that trains on pictures, named and meant as in the diffusers examples."""
     data = parser.add_argument_group("data")
     data.add_argument(
         "--train_data_dir", help="Folder of pictures with metadata.jsonl or .txt captions, or an .npz file."
@@ -72,14 +78,20 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     data.add_argument("--cache_dir")
     data.add_argument("--image_column", default="image")
     data.add_argument("--caption_column", default="text")
-    data.add_argument("--split_file", help="JSON file with lists of row numbers by split name, for an .npz.")
+    data.add_argument("--label_column", default="label")
+    data.add_argument("--split_file", help="JSON file for an .npz: row numbers, or start and stop, by split name.")
     data.add_argument("--split", default="train", help="Name of the split in --split_file to train on.")
     data.add_argument("--resolution", type=int, default=512)
     data.add_argument("--center_crop", action="store_true")
     data.add_argument("--random_flip", action="store_true")
-    data.add_argument("--dataloader_num_workers", type=int, default=0)
+    return add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Arguments of every script, whatever it trains on."""
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default="outputs/run")
+    run.add_argument("--dataloader_num_workers", type=int, default=0)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--train_batch_size", type=int, default=16, help="Pictures a process takes at once.")
     run.add_argument("--max_train_steps", type=int, default=1000, help="Optimizer steps in all.")
@@ -117,7 +129,7 @@ def check_common_arguments(args: argparse.Namespace) -> None:
     for name in (
         "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "resolution",
     ):  # fmt: skip
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:  # a text has no resolution
             raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
     if not 0.0 <= args.ema_decay < 1.0:
         raise ValueError(f"`--ema_decay` is {args.ema_decay}; it must lie in [0, 1).")
@@ -155,7 +167,7 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     set_seed(args.seed)
-    dataset = load_dataset(args)
+    dataset = task.dataset(args)
     task.prepare(dataset, accelerator)
 
     loss_module = _Loss(task)
@@ -198,7 +210,7 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     )  # fmt: skip
     step, running = first_step, torch.zeros((), device=accelerator.device)
     for batch in loader:
-        batch["pixel_values"] = batch["pixel_values"].to(accelerator.device)
+        batch |= {name: batch[name].to(accelerator.device) for name in task.on_device}
         with accelerator.accumulate(loss_module):
             loss = loss_module(batch, SampleNoise(args.seed, batch["sample_id"], accelerator.device))
             accelerator.backward(loss)
@@ -356,7 +368,11 @@ class _Checkpoints:
 
 def _load_weights(module: nn.Module, folder: Path) -> None:
     (file,) = folder.glob("*.safetensors")
-    module.load_state_dict(load_file(file))
+    weights = load_file(file)
+    state = module.state_dict(keep_vars=True)
+    tied = {value.data_ptr() for name, value in state.items() if name in weights}
+    weights |= {name: value for name, value in state.items() if name not in weights and value.data_ptr() in tied}
+    module.load_state_dict(weights)  # of tied weights the file has one name; the others would count as missing
 
 
 def picture_grid(pictures: list, columns: int, scale: int = 1):

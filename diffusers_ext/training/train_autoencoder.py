@@ -20,7 +20,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch.nn import functional as F
 
 from ._card import training_card
-from ._data import SampleNoise
+from ._data import SampleNoise, load_dataset
 from ._loop import Task, add_common_arguments, picture_grid, setup_logging, train
 
 
@@ -47,8 +47,11 @@ class AutoencoderTask(Task):
         self.vae = AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder)
         self.trained = {"vae": self.vae}
 
+    def dataset(self, args):
+        return load_dataset(args, annotations=())
+
     def prepare(self, dataset, accelerator):
-        self.dataset, self.device = dataset, accelerator.device
+        self.pictures, self.device = dataset, accelerator.device
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if self.args.resolution % factor:
             raise ValueError(f"`--resolution` is {self.args.resolution}; this VAE needs a multiple of {factor}.")
@@ -59,8 +62,8 @@ class AutoencoderTask(Task):
         return autoencoder_loss(self.vae, batch["pixel_values"], noise.normal(*self.latent_shape), self.args.kl_weight)
 
     def _pixels(self, count: int) -> torch.Tensor:
-        count = min(count, len(self.dataset))
-        return torch.stack([self.dataset[i]["pixel_values"] for i in range(count)]).to(self.device)
+        count = min(count, len(self.pictures))
+        return torch.stack([self.pictures[i]["pixel_values"] for i in range(count)]).to(self.device)
 
     def validate(self, folder: Path, step: int) -> dict[str, Any]:
         pixels = self._pixels(16)

@@ -15,51 +15,20 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from diffusers.training_utils import compute_snr
 
 from ._card import training_card
 from ._data import SampleNoise
-from ._loop import Task, add_common_arguments, check_common_arguments, picture_grid, setup_logging, train
-
-
-def diffusion_loss(
-    unet,
-    scheduler,
-    latents: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    snr_gamma: float | None = None,
-) -> torch.Tensor:
-    """Mean squared error of the prediction (epsilon or v), weighted by min(SNR, gamma) where `snr_gamma` is given.
-
-    Args:
-        unet: called as `unet(noisy_latents, timesteps, encoder_hidden_states)`.
-        scheduler: gives `add_noise`, `alphas_cumprod` and `config.prediction_type`.
-        latents, noise: `(batch, channels, height, width)`, scaled latents and standard normal noise.
-        encoder_hidden_states: `(batch, tokens, width)`.
-        timesteps: `(batch,)` integers in `[0, num_train_timesteps)`.
-        snr_gamma: gamma of min-SNR weighting (Hang et al. 2023, equation 8, adapted to epsilon and v); None: no weights.
-    """
-    prediction = unet(
-        scheduler.add_noise(latents, noise, timesteps), timesteps, encoder_hidden_states, return_dict=False
-    )[0]
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        target = noise
-    elif prediction_type == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, timesteps)
-    else:
-        raise ValueError(f"`prediction_type` is {prediction_type!r}; allowed are 'epsilon' and 'v_prediction'.")
-    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
-    if snr_gamma is not None:
-        snr = compute_snr(scheduler, timesteps)
-        weight = snr.clamp(max=snr_gamma) / (snr if prediction_type == "epsilon" else snr + 1)
-        error = error * weight
-    return error.mean()
+from ._diffusion import (
+    Latents,
+    add_validation_arguments,
+    check_proportion,
+    check_snr_gamma,
+    diffusion_loss,
+    write_samples,
+)
+from ._loop import Task, add_common_arguments, check_common_arguments, setup_logging, train
 
 
 class TextToImageTask(Task):
@@ -82,43 +51,11 @@ class TextToImageTask(Task):
 
     def prepare(self, dataset, accelerator):
         self.pipeline.to(accelerator.device)
-        self.device, self.moments = accelerator.device, None
-        self.latent_channels = self.pipeline.vae.config.latent_channels
-        self.latent_side = self.args.resolution // self.pipeline.vae_scale_factor
-        if self.args.resolution % self.pipeline.vae_scale_factor:
-            raise ValueError(
-                f"`--resolution` is {self.args.resolution}; this VAE needs a multiple of {self.pipeline.vae_scale_factor}."
-            )
-        if self.args.cache_latents:
-            if self.args.random_flip or not self.args.center_crop:
-                raise ValueError(
-                    "`--cache_latents` fixes each picture: use it with `--center_crop` and without `--random_flip`."
-                )
-            self.moments = self._encode_all(dataset)
-
-    def _encode_all(self, dataset) -> torch.Tensor:
-        moments = []
-        with torch.no_grad():
-            for start in range(0, len(dataset), 64):
-                pixels = [dataset[i]["pixel_values"] for i in range(start, min(start + 64, len(dataset)))]
-                moments.append(
-                    self.pipeline.vae.encode(torch.stack(pixels).to(self.device)).latent_dist.parameters.cpu()
-                )
-        return torch.cat(moments)
-
-    def _latents(self, batch: dict[str, Any], noise: SampleNoise) -> torch.Tensor:
-        sample = noise.normal(self.latent_channels, self.latent_side, self.latent_side)
-        if self.moments is not None:
-            mean, logvar = self.moments[batch["index"]].to(self.device).chunk(2, dim=1)
-            latents = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * sample
-        else:
-            with torch.no_grad():
-                posterior = self.pipeline.vae.encode(batch["pixel_values"]).latent_dist
-            latents = posterior.mean + posterior.std * sample
-        return latents * self.pipeline.vae.config.scaling_factor
+        self.device = accelerator.device
+        self.latents = Latents(self.pipeline.vae, self.args, dataset, self.device)
 
     def loss(self, batch: dict[str, Any], noise: SampleNoise) -> torch.Tensor:
-        latents = self._latents(batch, noise)
+        latents = self.latents(batch, noise)
         dropped = (noise.uniform() < self.args.proportion_empty_prompts).tolist()
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"], strict=True)]
         tokenizer = self.pipeline.tokenizer
@@ -128,9 +65,11 @@ class TextToImageTask(Task):
         states = self.pipeline.text_encoder(tokens.input_ids.to(self.device), return_dict=False)[0]
         timesteps = noise.integers(self.scheduler.config.num_train_timesteps)
         epsilon = noise.normal(*latents.shape[1:])
-        return diffusion_loss(
-            self.pipeline.unet, self.scheduler, latents, states, epsilon, timesteps, self.args.snr_gamma
-        )
+
+        def denoise(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.pipeline.unet(noisy, t, states, return_dict=False)[0]
+
+        return diffusion_loss(denoise, self.scheduler, latents, epsilon, timesteps, self.args.snr_gamma)
 
     def validate(self, folder: Path, step: int) -> dict[str, Any]:
         prompts = self.args.validation_prompts or []
@@ -144,10 +83,7 @@ class TextToImageTask(Task):
                 num_inference_steps=self.args.validation_inference_steps,
                 guidance_scale=self.args.validation_guidance_scale,
             ).images  # fmt: skip
-        sheet = picture_grid(pictures, self.args.num_validation_images, scale=max(1, 96 // pictures[0].width))
-        folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(folder / f"step-{step:06d}.png")
-        return {"validation": np.asarray(sheet)}
+        return write_samples(pictures, self.args.num_validation_images, folder, step)
 
     def save(self, folder: Path) -> None:
         self.pipeline.unet.eval()
@@ -170,14 +106,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--snr_gamma", type=float, help="min-SNR weighting; the paper uses 5.0.")
     parser.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="Prompt dropout, for guidance.")
     parser.add_argument("--validation_prompts", nargs="*")
-    parser.add_argument("--num_validation_images", type=int, default=4)
-    parser.add_argument("--validation_inference_steps", type=int, default=20)
-    parser.add_argument("--validation_guidance_scale", type=float, default=3.0)
+    add_validation_arguments(parser, steps=20, guidance_scale=3.0)
     args = add_common_arguments(parser).parse_args(argv)
-    if not 0.0 <= args.proportion_empty_prompts <= 1.0:
-        raise ValueError(f"`--proportion_empty_prompts` is {args.proportion_empty_prompts}; it must lie in [0, 1].")
-    if args.snr_gamma is not None and args.snr_gamma <= 0:
-        raise ValueError(f"`--snr_gamma` is {args.snr_gamma}; it must be positive.")
+    check_proportion("proportion_empty_prompts", args.proportion_empty_prompts)
+    check_snr_gamma(args.snr_gamma)
     check_common_arguments(args)
     return args
 
