@@ -69,7 +69,9 @@ def class_conditional(folder: Path) -> None:
         num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
         patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
-    DiTPipeline(transformer, tiny_vae(1), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    pipe = DiTPipeline(transformer, tiny_vae(1), DDIMScheduler(clip_sample=False))
+    pipe.register_to_config(id2label={0: "boot, ankle boot", 3: "bag"})
+    pipe.save_pretrained(folder)
 
 
 def flux(folder: Path) -> None:
@@ -121,6 +123,12 @@ class Case:
     refused: tuple[tuple[dict[str, Any], str], ...]
 
 
+def draw_classes(folder: Path) -> None:
+    pipe = DiTPipeline.from_pretrained(folder)
+    assert pipe.get_label_ids(["ankle boot", "boot", "bag"]) == [0, 0, 3]
+    pipe([0, 3], num_inference_steps=1)
+
+
 def draw_text(folder: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder)
     ids = tokenizer("In the <mask>eginning", return_tensors="pt").input_ids
@@ -142,7 +150,7 @@ CASES = {
     "class_conditional": Case(
         class_conditional,
         {"proportion_empty_labels": 0.3, "validation_inference_steps": 2},
-        lambda folder: DiTPipeline.from_pretrained(folder)([0, 3], num_inference_steps=1),
+        draw_classes,
         (
             ({"resolution": 32}, "takes 8"),
             ({"label_column": "large"}, r"`--label_column` 'large' holds \[1000"),

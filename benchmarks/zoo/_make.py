@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
+
+from benchmarks._record import machine, versions
 
 FOLDER = Path(__file__).parent
 # Every trainer of the zoo: warm up, then cosine; the averaged weights are what is kept.
@@ -53,3 +57,31 @@ def size_in_millions(folder: Path) -> float:
         with safe_open(file, framework="pt") as weights:
             total += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
     return total / 1e6
+
+
+def write_quality(folder: Path, measured: dict[str, Any], card: Callable[[dict[str, Any]], str]) -> None:
+    """Write what was measured to `quality.json`, and the card that shows it."""
+    quality = {**measured, "machine": machine(), "versions": versions()}
+    (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    (folder / "README.md").write_text(card(quality))
+
+
+def main(
+    description: str | None,
+    start: Callable[[Path], None],
+    make: Callable[[Path], None],
+    finish: Callable[[Path], None],
+) -> None:
+    """The command line of a script that makes a checkpoint.
+
+    Args:
+        description: the script's docstring.
+        start: writes the untrained model to a folder.
+        make: does all, in a folder that holds what was done so far.
+        finish: embeds a trained model, measures it and writes its card.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("start", "make", "finish"))
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    {"start": start, "make": make, "finish": finish}[args.step](args.folder)

@@ -97,6 +97,11 @@ class ClassConditionalTask(Task):
 
     def save(self, folder: Path) -> None:
         self.pipeline.transformer.eval()
+        names: dict[int, list[str]] = {}
+        for name, label in self.pipeline.labels.items():
+            names.setdefault(label, []).append(name)
+        if names:  # loading takes `id2label`, and saving forgets it
+            self.pipeline.register_to_config(id2label={label: ", ".join(names[label]) for label in sorted(names)})
         self.pipeline.save_pretrained(folder)
 
     def card(self, args: argparse.Namespace, summary: dict[str, Any]) -> str:
