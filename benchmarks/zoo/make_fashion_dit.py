@@ -28,8 +28,8 @@ AUTOENCODER = (
     "--kl_weight", "1e-4", "--validation_steps", "500", "--checkpointing_steps", "500",
 )  # fmt: skip
 TRAINING = (
-    *_fashion.DATA, "--cache_latents", "--center_crop", "--train_batch_size", "64", "--max_train_steps", "1500",
-    "--learning_rate", "1e-3", "--snr_gamma", "5", "--validation_steps", "500", "--checkpointing_steps", "250",
+    *_fashion.DATA, "--cache_latents", "--center_crop", "--train_batch_size", "64", "--max_train_steps", "1200",
+    "--learning_rate", "1e-3", "--snr_gamma", "5", "--validation_steps", "400", "--checkpointing_steps", "250",
 )  # fmt: skip
 
 
