@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .hooks.deepcache import DeepCacheConfig, apply_deepcache, remove_deepcache
     from .hub import push_to_hub, save_pretrained
     from .loading import Pipeline
-    from .metrics.judge import AvatarJudge
+    from .metrics.judge import AvatarJudge, FashionJudge
+    from .oracles.gaussian import GaussianDenoiser, GaussianMixtureDenoiser, LowRankMixtureDenoiser
+    from .oracles.language_model import EnumerableLanguageModel
     from .registry import Method, get_method, methods, zoo_path
 
 
@@ -45,6 +47,11 @@ __all__ = [
     "AvatarJudge",
     "DeepCacheConfig",
     "Enabled",
+    "EnumerableLanguageModel",
+    "FashionJudge",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "LowRankMixtureDenoiser",
     "Method",
     "Pipeline",
     "apply_deepcache",

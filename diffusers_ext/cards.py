@@ -34,7 +34,7 @@ def method_card(key: str) -> str:
     """
     row = get_method(key)
     result = proofs.read_result(key)
-    body = _render(
+    body = render(
         "_method",
         title=row.title,
         summary=row.summary,
@@ -46,7 +46,7 @@ def method_card(key: str) -> str:
     data: dict[str, Any] = {"library_name": "diffusers", "license": "apache-2.0", "tags": tags}
     if result is not None and result["claims"]:
         data |= {"model_name": key, "eval_results": _eval_results(row, result)}
-    return _card(data, body)
+    return card_text(data, body)
 
 
 def pipeline_card(source: Any, repo_id: str | None = None) -> str:
@@ -72,7 +72,7 @@ def pipeline_card(source: Any, repo_id: str | None = None) -> str:
     class_name = index["_class_name"] if isinstance(index["_class_name"], str) else index["_class_name"][1]
     known = list({row.key: row for row, _ in rows if row is not None}.values())
     metadata = _origin_metadata(origin)
-    body = _render(
+    body = render(
         "_pipeline",
         title=repo_id.rpartition("/")[2] if repo_id else class_name,
         what=_what(class_name, metadata.get("base_model"), rows, loras),
@@ -86,7 +86,7 @@ def pipeline_card(source: Any, repo_id: str | None = None) -> str:
         papers="\n".join(f"- {_paper(row)}" for row in known if row.arxiv),
     )
     tags = ["diffusers_ext", *(row.key for row in known), *(["lora"] if loras else [])]
-    return _card({"library_name": "diffusers", "tags": tags, **metadata}, body)
+    return card_text({"library_name": "diffusers", "tags": tags, **metadata}, body)
 
 
 def written_part(key: str) -> str:
@@ -116,20 +116,20 @@ def snippet(key: str) -> str:
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def _render(template: str, **values: str) -> str:
+def render(template: str, **values: str) -> str:
     text = string.Template((TEMPLATES / f"{template}.md").read_text(encoding="utf-8")).substitute(values)
     text = re.sub(r"\n{3,}", "\n\n", text)
     return re.sub(r"^## [^\n]+\n\n(?=## |\Z)", "", text, flags=re.MULTILINE).strip()  # headings with nothing under them
 
 
-def _card(data: Mapping[str, Any], body: str) -> str:
+def card_text(data: Mapping[str, Any], body: str) -> str:
     from huggingface_hub import ModelCardData
 
     metadata = ModelCardData(**data).to_yaml(line_break="\n")
     return f"---\n{metadata}\n---\n\n{MARKER}\n\n{body}\n"
 
 
-def _table(columns: list[Any], rows: list[list[Any]]) -> str:
+def table(columns: list[Any], rows: list[list[Any]]) -> str:
     def cell(value: Any) -> str:
         if isinstance(value, bool) or value is None:
             return {True: "yes", False: "no", None: ""}[value]
@@ -171,9 +171,9 @@ def _measured(row: Method, result: Mapping[str, Any] | None, heading: str = "") 
         ]
         for claim in result["claims"]
     ]
-    parts.append(_table(["Claim", "Measured", "Interval", "Goal", "Holds here"], claims))
-    for name, table in result["tables"].items():
-        parts += [f"**{name}**", _table(table["columns"], table["rows"])]
+    parts.append(table(["Claim", "Measured", "Interval", "Goal", "Holds here"], claims))
+    for name, content in result["tables"].items():
+        parts += [f"**{name}**", table(content["columns"], content["rows"])]
     return "\n\n".join(parts)
 
 
@@ -222,7 +222,7 @@ def _recipe_table(rows: list) -> str:
         ]
         for row, entry in rows
     ]
-    return _table(["Method", "On", "Settings", "What it does"], lines)
+    return table(["Method", "On", "Settings", "What it does"], lines)
 
 
 def _lora_table(loras: list) -> str:
@@ -232,7 +232,7 @@ def _lora_table(loras: list) -> str:
         return "not active" if value is None else f"{value:g}"
 
     lines = [[f"`{lora['adapter_name']}`", weight(lora["weight"]), f"`{lora['file']}`"] for lora in loras]
-    return _table(["LoRA", "Weight", "File"], lines) if lines else ""
+    return table(["LoRA", "Weight", "File"], lines) if lines else ""
 
 
 def _loading(class_name: str, where: str, rows: list, loras: list, classes: Mapping[str, str]) -> str:

@@ -29,6 +29,11 @@ LAZY_NAMES: dict[str, str] = {
     "AvatarJudge": "diffusers_ext.metrics.judge",
     "DeepCacheConfig": "diffusers_ext.hooks.deepcache",
     "Enabled": "diffusers_ext.enabling",
+    "EnumerableLanguageModel": "diffusers_ext.oracles.language_model",
+    "FashionJudge": "diffusers_ext.metrics.judge",
+    "GaussianDenoiser": "diffusers_ext.oracles.gaussian",
+    "GaussianMixtureDenoiser": "diffusers_ext.oracles.gaussian",
+    "LowRankMixtureDenoiser": "diffusers_ext.oracles.gaussian",
     "Method": "diffusers_ext.registry",
     "Pipeline": "diffusers_ext.loading",
     "apply_deepcache": "diffusers_ext.hooks.deepcache",
@@ -54,7 +59,14 @@ BASE_CLASSES: dict[str, str] = {
 }
 
 # Public classes that `DiffusionPipeline.from_pretrained` and `AutoModel` look up in the `diffusers` namespace.
-PIPELINES_AND_MODELS: tuple[str, ...] = ("AvatarJudge",)
+PIPELINES_AND_MODELS: tuple[str, ...] = (
+    "AvatarJudge",
+    "EnumerableLanguageModel",
+    "FashionJudge",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "LowRankMixtureDenoiser",
+)
 
 
 @dataclass(frozen=True)

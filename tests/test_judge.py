@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.metrics import ATTRIBUTES, CLASSES, AvatarJudge
+from diffusers_ext.metrics import ATTRIBUTES, CLASSES, AvatarJudge, frechet_distance, to_tensor
 
 DATA = Path(__file__).parents[1] / "benchmarks" / "data"
 CAPTION = "a person with tan skin and long red hair, a blue hat, a happy smile, navy clothes"
@@ -103,6 +103,41 @@ class TestAnswers:
             judge(pictures)
         with pytest.raises(ValueError, match=message):
             judge.score(pictures, [CAPTION])
+
+
+class TestFeatures:
+    def test_shape_and_that_they_are_of_the_picture_alone(self, folder, judge, reference):
+        pictures = reference[0][:300]  # more than one internal batch
+        features = judge.features(pictures)
+        assert features.shape == (300, 64) and features.dtype == torch.float32 and not features.requires_grad
+        torch.testing.assert_close(judge.features(pictures[::-1]).flip(0), features)
+        training = AvatarJudge.from_pretrained(folder).train()
+        torch.testing.assert_close(training.features(pictures), features)
+        assert training.training
+        assert judge.features(torch.zeros(0, 3, 32, 32)).shape == (0, 64)
+
+    def test_are_the_mean_of_what_the_heads_read(self, judge, reference):
+        pixels = to_tensor(reference[0][:10])
+        with torch.no_grad():
+            read = judge.trunk(2 * pixels - 1)
+            torch.testing.assert_close(judge.heads["skin"](read), judge.logits(pixels)["skin"])
+        torch.testing.assert_close(judge.features(pixels), read.reshape(10, 64, 4, 4).mean((2, 3)))
+
+    def test_tell_real_pictures_from_damaged_and_one_sided_ones(self, judge, reference):
+        pictures, captions = to_tensor(reference[0]), reference[1]
+        real, other = pictures[:500], pictures[500:850]
+        blurred = torch.nn.functional.avg_pool2d(other, 3, stride=1, padding=1)
+        hatless = pictures[[i for i, caption in enumerate(captions) if i >= 500 and " hat" not in caption][:350]]
+        assert len(hatless) == len(other)
+        same, *worse = (
+            frechet_distance(judge.features(made), judge.features(real), resamples=2).value
+            for made in (other, blurred, hatless)
+        )
+        assert all(value > 1.2 * same for value in worse)
+
+    def test_refuses(self, judge):
+        with pytest.raises(ValueError, match="the judge reads 32x32"):
+            judge.features(torch.zeros(1, 3, 28, 28))
 
 
 class TestScore:

@@ -61,6 +61,16 @@ class TestToTensor:
             assert tensor.dtype == torch.float32 and tensor.shape == (3, 3, 4, 5), name
             torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-7, msg=name)
 
+    def test_grey_pictures_have_three_equal_channels(self):
+        array = np.random.default_rng(0).integers(256, size=(3, 4, 5, 1), dtype=np.uint8)
+        expected = torch.tensor(array / 255.0, dtype=torch.float32).permute(0, 3, 1, 2).repeat(1, 3, 1, 1)
+        forms = (array, array / 255.0, expected[:, :1].clone(), [Image.fromarray(picture[..., 0]) for picture in array])
+        for form in forms:
+            tensor = metrics.to_tensor(form)
+            assert tensor.dtype == torch.float32
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-7)
+        torch.testing.assert_close(metrics.rmse(expected[:, :1], 1 - expected), metrics.rmse(expected, 1 - expected))
+
     @pytest.mark.parametrize(
         ("pictures", "message"),
         [

@@ -149,7 +149,8 @@ tokenizer = AutoTokenizer.from_pretrained(dx.zoo_path("verses-mdlm"))
 model = AutoModelForMaskedLM.from_pretrained(dx.zoo_path("verses-mdlm"))
 pipe = LLaDA2Pipeline(model, BlockRefinementScheduler(), tokenizer)
 ids = tokenizer("And it came to pass", return_tensors="pt").input_ids
-print(pipe(input_ids=ids, gen_length=96, block_length=32, temperature=1.0, threshold=1.0, editing_threshold=None).texts[0])
+output = pipe(input_ids=ids, gen_length=96, block_length=32, temperature=1.0, threshold=1.0, editing_threshold=None)
+print(output.texts[0])
 ```
 
 Its tokens predict themselves (logits are not shifted). `<|end|>` ends a chapter and fills what follows. It was trained on

@@ -17,35 +17,36 @@ def to_tensor(pictures: Pictures, name: str = "pictures") -> torch.Tensor:
 
     Args:
         pictures: float tensor `(n, 3, height, width)` in [0, 1]; array `(n, height, width, 3)`, `uint8` or float in
-            [0, 1]; or a list of PIL images of one size.
+            [0, 1]; or a list of PIL images of one size. One channel in place of three is grey.
         name: the caller's name of the argument, for error messages.
 
     Returns:
-        `float32` tensor `(n, 3, height, width)` in [0, 1]; the input itself where it is that already.
+        `float32` tensor `(n, 3, height, width)` in [0, 1]; the input itself where it is that already. Grey pictures
+        have three equal channels, which share memory.
 
     Raises:
         ValueError: another type, shape or range.
     """
     if isinstance(pictures, torch.Tensor):
-        if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.is_floating_point():
+        if pictures.ndim != 4 or pictures.shape[1] not in (1, 3) or not pictures.is_floating_point():
             raise ValueError(
                 f"`{name}` is a tensor of {pictures.dtype} and shape {tuple(pictures.shape)}; a tensor must be floating "
-                "point of shape (n, 3, height, width)."
+                "point of shape (n, 3, height, width), or (n, 1, height, width) for grey."
             )
         tensor = pictures.float()
     elif isinstance(pictures, np.ndarray):
         if (
             pictures.ndim != 4
-            or pictures.shape[3] != 3
+            or pictures.shape[3] not in (1, 3)
             or not (pictures.dtype == np.uint8 or np.issubdtype(pictures.dtype, np.floating))
         ):
             raise ValueError(
                 f"`{name}` is an array of {pictures.dtype} and shape {pictures.shape}; an array must be uint8 or floating "
-                "point of shape (n, height, width, 3)."
+                "point of shape (n, height, width, 3), or (n, height, width, 1) for grey."
             )
         tensor = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float()
         if pictures.dtype == np.uint8:
-            return tensor / 255
+            return (tensor / 255).expand(-1, 3, -1, -1)
     elif isinstance(pictures, Sequence) and pictures and all(isinstance(item, Image.Image) for item in pictures):
         sizes = {picture.size for picture in pictures}
         if len(sizes) > 1:
@@ -61,7 +62,7 @@ def to_tensor(pictures: Pictures, name: str = "pictures") -> torch.Tensor:
     if tensor.numel() and not (tensor.amin() >= 0 and tensor.amax() <= 1):  # so written, NaN is refused as well
         low, high = tensor.amin().item(), tensor.amax().item()
         raise ValueError(f"`{name}` has values from {low:g} to {high:g}; floating-point pictures must lie in [0, 1].")
-    return tensor
+    return tensor if tensor.shape[1] == 3 else tensor.expand(-1, 3, -1, -1)
 
 
 def rmse(a: Pictures, b: Pictures) -> torch.Tensor:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..cards import _card, _render, _table
+from ..cards import card_text, render, table
 
 # Where things lie on one machine, and what says nothing about the result.
 _LOCAL = {"output_dir", "logging_dir", "cache_dir", "hub_token", "push_to_hub", "report_to", "dataloader_num_workers",
@@ -45,12 +45,12 @@ def training_card(
         rows.append([f"`--{name}`", Path(str(value)).name if Path(str(value)).exists() else value])
     rows += [["optimizer steps", summary["steps"]], ["processes", summary["processes"]]]
     picture = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
-    body = _render(
+    body = render(
         "_training",
         title=repo_id.rpartition("/")[2] if args.hub_model_id else class_name,
         what=f"A `{class_name}` trained with `diffusers_ext.training.{script}`.",
         samples=f"![samples](samples/{picture[-1].name})" if picture else "",
         loading=f"```python\nfrom {library} import {class_name}\n\nmodel = {class_name}.from_pretrained({repo_id!r})\n```",
-        settings=_table(["setting", "value"], rows),
+        settings=table(["setting", "value"], rows),
     )
-    return _card(data, body)
+    return card_text(data, body)
