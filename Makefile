@@ -4,14 +4,16 @@
 #     make test-all    all tests
 #     make lint        style and types
 #     make bench       measure all claims again and record them; KEY=deepcache measures one method
+#     make claim       measure one recorded claim again, chosen by the commit; COMMIT=hash where git cannot tell
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := diffusers_ext tests benchmarks
-KEY ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
+KEY ?= --all
+COMMIT ?=
 
-.PHONY: help demo test test-all lint bench
+.PHONY: help demo test test-all lint bench claim
 .DEFAULT_GOAL := help
 
 help:
@@ -48,4 +50,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-bench
-	set -e; for key in $(KEY); do $(BIN)/diffusers-ext bench $$key; done
+	$(BIN)/diffusers-ext bench $(KEY)
+
+claim: $(VENV)/.installed
+	$(BIN)/diffusers-ext bench --ci $(if $(COMMIT),--commit $(COMMIT))

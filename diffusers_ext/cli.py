@@ -6,7 +6,6 @@ What needs torch is imported inside its command: listing and showing methods sta
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -21,9 +20,16 @@ from rich.text import Text
 from . import __version__, proofs, registry
 from .registry import PACKAGE_DIR, Method
 
-_ROOT = PACKAGE_DIR.parent
-_STATUS_STYLES = {"works": "green", "upstream": "cyan", "stale": "yellow", "open": "dim", "none": "dim"}
-_LISTED = ("works", "upstream")  # what `methods` lists without `--all`
+_INVALID = "invalid"  # the record is not as it was written, so that there is no status
+_STATUS_STYLES = {
+    "works": "green",
+    "upstream": "cyan",
+    "stale": "yellow",
+    _INVALID: "red",
+    "open": "dim",
+    "none": "dim",
+}
+_LISTED = ("works", "upstream", "stale", _INVALID)  # what `methods` lists without `--all`
 
 app = typer.Typer(
     name="diffusers-ext",
@@ -96,12 +102,29 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a method.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Also those that do not work here yet.")] = False,
 ) -> None:
-    """List the methods that work or that diffusers has already, and count the rest."""
-    rows = sorted(((row.status, row) for row in registry.methods(area)), key=lambda pair: (pair[1].area, pair[1].key))
+    """List the methods that work, that worked with other sources, or that diffusers has already, and count the rest.
+
+    The exit code is 1 where a recorded result is not as it was written.
+    """
+    rows, errors = [], []
+    for row in sorted(registry.methods(area), key=lambda row: (row.area, row.key)):
+        try:
+            rows.append((row.status, row))
+        except ValueError as error:
+            rows.append((_INVALID, row))
+            errors.append(str(error))
     chosen = [(status, row) for status, row in rows if everything or status in _LISTED]
     if as_json:
         print(json.dumps([_as_dict(row, status) for status, row in chosen], indent=1, ensure_ascii=False))
-        return
+    else:
+        _print_methods(area, rows, chosen)
+    for line in errors:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(line)}", highlight=False)
+    if errors:
+        raise typer.Exit(1)
+
+
+def _print_methods(area: str | None, rows: list[tuple[str, Method]], chosen: list[tuple[str, Method]]) -> None:
     console = _console()
     cells = [(row.key, status, row.form, row.area, row.arxiv or "", row.title) for status, row in chosen]
     header = ("method", "status", "form", "area", "arXiv", "paper")
@@ -111,7 +134,7 @@ def methods(
         texts = [Text(f"{cell:<{width}}  ", style=style or "") for cell, width in zip(line, widths, strict=False)]
         texts[1].stylize(style or _STATUS_STYLES[line[1]])
         console.print(Text.assemble(*texts, (line[-1], style or "")), no_wrap=True, overflow="ellipsis")
-    left_out = Counter(status for status, _ in rows if not everything and status not in _LISTED)
+    left_out = Counter(status for status, _ in rows) - Counter(status for status, _ in chosen)
     console.print(f"{len(chosen)} of {len(rows)} methods{f' in area {area!r}' if area else ''}.", style="dim")
     if left_out:
         counts = ", ".join(f"{left_out[status]} {status}" for status in _STATUS_STYLES if left_out[status])
@@ -124,6 +147,7 @@ def show(key: Annotated[str, typer.Argument(help="Key of a method, as `methods` 
     """What a method is, how to call it, and what was measured of it."""
     row = registry.get_method(key)
     result = proofs.read_result(key)
+    stale = proofs.staleness(row, result) if result else []
     console = _console(soft_wrap=True)
     console.print(f"[bold]{escape(row.title)}[/]")
     facts = {
@@ -137,6 +161,8 @@ def show(key: Annotated[str, typer.Argument(help="Key of a method, as `methods` 
         if value:
             style = _STATUS_STYLES[value] if name == "status" else ""
             console.print(f"  {name:<8}[{style}]{escape(value)}[/]" if style else f"  {name:<8}{escape(value)}")
+            if name == "status" and stale:
+                console.print(f"          {', '.join(stale)}", style=_STATUS_STYLES["stale"])
     for text in (row.summary, row.reason):
         if text:
             console.print(f"\n{escape(text.strip())}")
@@ -171,22 +197,39 @@ def verify(
 
 @app.command()
 def bench(
-    key: Annotated[str, typer.Argument(help="Key of a method.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, and compare with the record.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[KEY|AREA]", help="A method, or an area of research.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All benchmarks.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few pictures, compared with the record.")] = False,
+    ci: Annotated[bool, typer.Option("--ci", help="One claim, chosen by the commit, as --quick.")] = False,
+    commit: Annotated[str | None, typer.Option(help="With --ci: hash of the commit, where git cannot tell.")] = None,
 ) -> None:
-    """Measure a method's claims and record the result, in a source checkout."""
-    folder = _ROOT / "benchmarks"
-    if not (folder / "_record.py").is_file():  # other packages also install a folder of this name
-        raise ValueError(
-            "Measuring needs a source checkout. `diffusers-ext show KEY` shows what is recorded for a method."
-        )
-    registry.get_method(key)
-    there = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
-    if key not in there:
-        raise ValueError(f"`key` is {key!r}; there are benchmarks for {', '.join(there) or 'no method'}.")
-    search = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # measured is the package of this checkout
-    command = [sys.executable, "-m", f"benchmarks.{key}", *(["--quick"] if quick else [])]
-    raise typer.Exit(subprocess.call(command, cwd=_ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(search)}))
+    """Measure claims of methods and record them, in a source checkout.
+
+    With --quick, a part is measured again, and the exit code is 1 where it contradicts the record.
+    """
+    from . import bench as benchmarks
+
+    if sum((name is not None, everything, ci)) != 1:
+        raise ValueError("Give one of: the key of a method, an area, `--all`, `--ci`.")
+    if commit is not None and not ci:
+        raise ValueError("`--commit` goes with `--ci`.")
+    if ci:
+        commit = commit or benchmarks.head()
+        key, claim = benchmarks.claim_of(commit)
+        candidates, stale = benchmarks.claims()
+        _console().print(f"Commit {commit} measures claim {claim} of {key} again, of {len(candidates)} claims.")
+        if stale:
+            _console().print(f"Left out, since their records are stale: {', '.join(stale)}.", style="yellow")
+        sys.stdout.flush()
+        raise typer.Exit(benchmarks.run(key, ["--quick", "--claim", claim, "--draw", commit]))
+    keys = benchmarks.keys() if name is None else benchmarks.chosen(name)
+    codes = {key: benchmarks.run(key, ["--quick"] if quick else []) for key in keys}
+    failed = [key for key, code in codes.items() if code]
+    if len(codes) > 1:
+        _console().print(f"{len(codes)} benchmarks ran; failed: {', '.join(failed) or 'none'}.")
+    raise typer.Exit(codes[failed[0]] if failed else 0)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -233,7 +276,7 @@ def push(
         validate_repo_id(repo)
         if not folder.is_dir():
             raise ValueError(f"`folder` is {str(folder)!r}, which is not a folder.")
-        for path, content in hub._contents(folder).items():
+        for path, content in hub.upload_contents(folder).items():
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
             print(f"{size:>13,}  {path}")
         return

@@ -174,7 +174,7 @@ def upload_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder` is {str(folder)!r}, which is not a folder.")
-    contents = _contents(folder)
+    contents = upload_contents(folder)
     if not contents:
         raise ValueError(f"`folder` is {str(folder)!r}, which holds nothing to upload.")
     api = HfApi(token=token)
@@ -393,7 +393,7 @@ def _stale(present: set[str], old: dict[str, Any], new: set[str], variant: str |
     return (candidates & present) - new
 
 
-def _contents(folder: Path) -> dict[str, bytes | Path]:
+def upload_contents(folder: Path) -> dict[str, bytes | Path]:
     """What of a folder is uploaded: name in the repository -> file, or content where that differs from the file."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     contents: dict[str, bytes | Path] = {}

@@ -35,6 +35,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 _PACKAGE = "diffusers_ext"
 # Tables of all methods. They are no part of any one method: a row added there must not make every other result stale.
 _TABLES = (f"{_PACKAGE}.registry",)
+# A list of numbers in indented JSON. Strings in JSON hold no line end, so there is no match in one.
+_NUMBERS = re.compile(r"\[\n([-+.\w\s,]+)\]")
+_HASHES = {"measured": "source_hash", "proved": "proofs_hash"}  # parts of a result, and the hash that each carries
 _GOALS = {"<": operator.lt, "<=": operator.le, "==": operator.eq, ">=": operator.ge, ">": operator.gt}
 
 
@@ -66,12 +69,29 @@ def method_status(row: Method) -> str:
         return "open"
     if row.module is None:
         raise ValueError(f"`entry` of method {row.key!r} is {row.entry!r}; allowed are public names or dotted names.")
-    recorded = {result["source_hash"], result["proofs_hash"]} - {None}
-    if recorded - {source_hash(row.module)} or result["method_version"] != row.version:
+    if staleness(row, result):
         return "stale"
     needed = required_proofs(row.form)
     measured = "claim" not in needed or result["source_hash"] is not None
     return "works" if measured and all(result["proofs"].get(name) == "passed" for name in needed) else "open"
+
+
+def staleness(row: Method, result: Mapping[str, Any], parts: Sequence[str] = tuple(_HASHES)) -> list[str]:
+    """Why a recorded result is not about this version and these sources of the method; empty where it is.
+
+    Args:
+        row: the method.
+        result: as `read_result` gives it.
+        parts: what of it to look at: what was `measured`, what was `proved`.
+
+    Raises:
+        ValueError: see `source_hash`.
+    """
+    reasons = []
+    if result["method_version"] != row.version:
+        reasons.append(f"version {result['method_version']} was measured, this is {row.version}")
+    current = None if row.module is None else source_hash(row.module)
+    return reasons + [f"other sources were {part}" for part in parts if result[_HASHES[part]] not in (None, current)]
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -339,6 +359,8 @@ def claim(
     unit: str,
     interval: Sequence[float] | None = None,
     goal: tuple[str, float] | None = None,
+    samples: Mapping[str, Any] | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """One measured claim, as a result holds it.
 
@@ -352,6 +374,11 @@ def claim(
         unit: such as `"x"`, `"dB"` or `"MACs"`.
         interval: its two ends, in `unit`. None for a count, which is the same each time.
         goal: comparison and bound that `value` is to meet, such as `("<=", 0.6)`.
+        samples: the numbers, one a picture or seed, that `value` and `interval` follow from.
+        quick: whether `bench KEY --quick` measures it again.
+
+    Returns:
+        What the result holds. `samples` and `quick` are left out where they are not given.
 
     Raises:
         ValueError: a number is not finite, `interval` is not two ends in order, or the comparison is unknown.
@@ -367,6 +394,7 @@ def claim(
         if goal[0] not in _GOALS or not math.isfinite(goal[1]):
             raise ValueError(f"`goal` of claim {name!r} is {goal!r}; allowed are {', '.join(_GOALS)} and a number.")
         holds = all(_GOALS[goal[0]](float(number), float(goal[1])) for number in (value, low, high))
+    more: dict[str, Any] = ({"quick": True} if quick else {}) | ({} if samples is None else {"samples": samples})
     return {
         "name": name,
         "statement": statement,
@@ -375,6 +403,7 @@ def claim(
         "unit": unit,
         "goal": None if goal is None else {"op": goal[0], "value": float(goal[1])},
         "holds": holds,
+        **more,
     }
 
 
@@ -534,7 +563,9 @@ def _save(result: Mapping[str, Any]) -> Path:
     plain["digest"] = _digest(plain)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(plain, indent=1, ensure_ascii=False)
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    aside.write_text(text + "\n", encoding="utf-8")
     os.replace(aside, path)
     return path
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class _Proof:
 
 
 def verify(keys: Iterable[str], stream: TextIO | None = None, record: bool = False) -> int:
-    """Run the proofs of methods and print one line for each.
+    """Run the proofs of methods and print one line for each, and a summary.
 
     A proof is `passed` when at least one of its tests passed and none failed, and `missing` when none ran. Two are more
     than their tests: `claim` needs a recorded result, unedited and measured with these sources, and may then do without
@@ -69,9 +70,11 @@ def verify(keys: Iterable[str], stream: TextIO | None = None, record: bool = Fal
     report = _run_tests([_test_file(row) for row in rows if (ROOT / _test_file(row)).is_file()], console)
     if report is None:
         return 1
-    green = True
+    outcomes: Counter[str] = Counter()
+    lacking: dict[str, list[str]] = {}
     for row in rows:
         checked = _check(row, report)
+        outcomes.update(proof.outcome for proof in checked.values())
         console.print(f"{row.key} ({row.form}, version {row.version})", style="bold")
         for name, proof in checked.items():
             _print_proof(console, name, proof)
@@ -80,8 +83,13 @@ def verify(keys: Iterable[str], stream: TextIO | None = None, record: bool = Fal
                 proofs.record_proofs(row, {name: proof.outcome for name, proof in checked.items()})
             except ValueError as error:  # an edited result: `claim` has failed for it, and it is not written over
                 console.print(f"  not recorded: {error}", style="red", markup=False)
-        green &= all(proof.outcome == "passed" for proof in checked.values())
-    return 0 if green else 1
+        if missed := [f"{name} {proof.outcome}" for name, proof in checked.items() if proof.outcome != "passed"]:
+            lacking[row.key] = missed
+    counts = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in proofs.OUTCOMES)
+    console.print(f"{len(rows) - len(lacking)} of {len(rows)} methods have all their proofs: {counts}.", style="bold")
+    for key, missed in lacking.items():
+        console.print(f"  {key}: {', '.join(missed)}", style="red")
+    return 1 if lacking else 0
 
 
 def verifiable() -> list[str]:
@@ -179,11 +187,8 @@ def _check_recorded(row: Method) -> tuple[str, list[str]]:
     if result is None or result["source_hash"] is None:
         return "missing", [f"nothing is measured: there is no benchmarks/{row.key}.py, or it has not been run"]
     notes = [f"measured {result['recorded']}"] + [proofs.describe_claim(entry) for entry in result["claims"]]
-    if result["method_version"] != row.version:
-        return "failed", [*notes, f"stale: version {result['method_version']} was measured, this is {row.version}"]
-    if row.module is None or result["source_hash"] != proofs.source_hash(row.module):
-        return "failed", [*notes, "stale: other sources were measured"]
-    return "passed", notes
+    stale = proofs.staleness(row, result, ["measured"])
+    return "failed" if stale else "passed", [*notes, *(f"stale: {reason}" for reason in stale)]
 
 
 def _check_card(row: Method) -> tuple[str, list[str]]:

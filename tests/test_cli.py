@@ -75,7 +75,7 @@ def test_module_runs_as_a_program():
 def test_methods_lists_what_works_and_counts_the_rest(run):
     code, out, _ = run("methods")
     rows = registry.methods()
-    listed = {row.key for row in rows if row.status in ("works", "upstream")}
+    listed = {row.key for row in rows if row.status in ("works", "upstream", "stale")}
     lines = out.splitlines()
     assert code == 0
     assert {line.split()[0] for line in lines[1 : 1 + len(listed)]} == listed
@@ -126,7 +126,12 @@ def test_show_gives_the_reason_where_there_is_no_system(run):
     [
         (["methods", "--area", "cooking"], "acceleration, "),
         (["show", "deepcash"], "deepcache"),
-        (["bench", "deepcash"], "deepcache"),
+        (["bench", "deepcash"], "deepcache (area acceleration)"),
+        (["bench", "samplers"], "deepcache (area acceleration)"),
+        (["bench"], "--all"),
+        (["bench", "deepcache", "--ci"], "--ci"),
+        (["bench", "deepcache", "--commit", "a" * 40], "--commit"),
+        (["bench", "--ci", "--commit", "main"], "'main'"),
         (["train", "everything"], "text_to_image"),
         (["verify"], "--all"),
         (["verify", "deepcache", "--all"], "--all"),
@@ -171,25 +176,42 @@ def test_train_reaches_the_script():
     assert "--pretrained_model_name_or_path" in result.stdout
 
 
-def test_bench_runs_the_benchmark_of_this_checkout(run, called, monkeypatch, tmp_path):
-    (tmp_path / "benchmarks").mkdir()
-    for name in ("_record.py", "deepcache.py"):
-        (tmp_path / "benchmarks" / name).touch()
-    monkeypatch.setattr(cli, "_ROOT", tmp_path)
-    code, _, _ = run("bench", "deepcache", "--quick")
-    [(command, options)] = called
-    assert code == 3
-    assert command[1:] == ["-m", "benchmarks.deepcache", "--quick"]
-    assert options["cwd"] == tmp_path
-    assert options["env"]["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+@pytest.fixture
+def benched(monkeypatch):
+    """Benchmarks that would have been run, as (key, options). Those of `two` exit with 3, the others with 0."""
+    from diffusers_ext import bench
+
+    runs = []
+    monkeypatch.setattr(bench, "keys", lambda: ["one", "two", "three"])
+    monkeypatch.setattr(bench, "chosen", lambda name: {"one": ["one"], "audio": ["one", "two"]}[name])
+    monkeypatch.setattr(bench, "head", lambda: "c" * 40)
+    monkeypatch.setattr(bench, "claims", lambda: ([("one", "time"), ("one", "psnr")], ["three"]))
+    monkeypatch.setattr(bench, "run", lambda key, options=(): runs.append((key, list(options))) or 3 * (key == "two"))
+    return runs
 
 
-def test_bench_needs_a_checkout(run, called, monkeypatch, tmp_path):
-    (tmp_path / "benchmarks").mkdir()  # another package's
-    monkeypatch.setattr(cli, "_ROOT", tmp_path)
-    code, _, err = run("bench", "deepcache")
-    assert code == 2 and "source checkout" in err
-    assert not called
+@pytest.mark.parametrize(
+    ("arguments", "wanted", "code"),
+    [
+        (["one"], [("one", [])], 0),
+        (["one", "--quick"], [("one", ["--quick"])], 0),
+        (["audio", "--quick"], [("one", ["--quick"]), ("two", ["--quick"])], 3),
+        (["--all"], [("one", []), ("two", []), ("three", [])], 3),  # the third runs although the second failed
+    ],
+)
+def test_bench_runs_a_method_an_area_or_all(run, benched, arguments, wanted, code):
+    assert run("bench", *arguments)[0] == code
+    assert benched == wanted
+
+
+@pytest.mark.parametrize("commit", [None, "a" * 40])
+def test_bench_ci_measures_the_claim_of_the_commit(run, benched, commit):
+    code, out, _ = run("bench", "--ci", *(["--commit", commit] if commit else []))
+    [(key, options)] = benched
+    assert code == 0 and key == "one"
+    assert options[:2] == ["--quick", "--claim"] and options[2] in ("time", "psnr")
+    assert options[3:] == ["--draw", commit or "c" * 40]
+    assert options[2] in out and (commit or "c" * 40) in out and "three" in out  # whose record is stale
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import diffusers_ext as dx
 from diffusers_ext import proofs, registry, verify
@@ -490,17 +492,30 @@ def test_a_result_that_cannot_be_recorded_is_refused_and_leaves_the_old_one(resu
 
 
 def test_recorder(results, plant, monkeypatch):
-    recorders = runpy.run_path(str(ROOT / "benchmarks" / "_record.py"))
+    from benchmarks._record import Recorder, Samples
+
     plant({"planted/__init__.py": "", "planted/widget.py": "x = 1"})
     row = Method("widget", "Widget", "samplers", "scheduler", entry=("planted.widget.Widget",), version=3)
     monkeypatch.setattr(registry, "_all", lambda: {"widget": row})
-    recorder = recorders["Recorder"]("widget", {"steps": 20}, {"pictures": [0]}, peers=["pytest"])
+    recorder = Recorder("widget", {"steps": 20}, {"pictures": [0]}, peers=["pytest"])
     recorder.claim("time", "twice as fast", 0.7, "x", (0.6, 0.8), ("<=", 0.5))
+    recorder.quick = True
+    samples = Samples("difference", {"ours": [0.25, 0.5], "theirs": [0.5, 0.5]}, 1e-5, counts={"ours": 3})
+    recorder.paired("psnr", "nearer", samples, "dB", (">=", 0.0))
     recorder.table("psnr", ["interval", "dB"], [[1, float("inf")], [2, 30.5]])
     recorder.write()
     result = proofs.read_result("widget")
     assert result["method_version"] == 3 and result["source_hash"] == proofs.source_hash("planted.widget")
-    assert result["claims"][0]["holds"] is False
+    timed, paired = result["claims"]
+    assert timed["holds"] is False and "samples" not in timed and "quick" not in timed
+    assert paired["value"] == -0.125 and paired["interval"] == [-0.25, 0.0] and paired["holds"] is False
+    assert paired["quick"] is True and paired["samples"] == {
+        "formula": "difference",
+        "ours": [0.25, 0.5],
+        "theirs": [0.5, 0.5],
+        "counts": {"ours": 3},
+    }
+    assert '"ours": [0.25, 0.5],' in proofs.result_path("widget").read_text()  # numbers of a picture take no line each
     assert result["tables"]["psnr"]["rows"] == [[1, "inf"], [2, 30.5]]
     assert {"python", "torch", "diffusers", "diffusers_ext", "pytest"} <= set(result["versions"])
     assert {"cpu", "cores", "memory_gib"} <= set(result["machine"])
@@ -510,7 +525,7 @@ def test_recorder(results, plant, monkeypatch):
     with pytest.raises(ValueError, match="changed while it was measured"):
         recorder.write()
     with pytest.raises(ValueError, match="`settings`"):
-        recorders["Recorder"]("widget", {"steps": {1, 2}}, {})
+        Recorder("widget", {"steps": {1, 2}}, {})
 
 
 # --- methods planted in a checkout -----------------------------------------------------------------------------------
@@ -660,6 +675,105 @@ def test_verify_and_status_of_planted_methods(checkout, plant):
     # Measured again: the proofs of before are void until they are run again.
     measure("whole", proofs.source_hash("planted.whole"))
     assert checkout["whole"].status == "open"
+
+
+PLANTED_BENCHMARK = """
+from pathlib import Path
+from diffusers_ext import proofs, registry
+proofs.RESULTS = Path({results!r})
+registry._all = lambda: {{"whole": registry.Method("whole", "Whole", "samplers", "hook", entry=("planted.whole.Config",))}}
+
+from benchmarks._bench import Benchmark
+from benchmarks._record import Samples
+BENCHMARK = Benchmark("whole", settings={{"steps": 20}}, threads=1)
+
+@BENCHMARK.part("gain", minutes=0.1, quick=True)
+def gain(recorder):
+    errors = {{"ours": [0.01, 0.02, 0.03], "theirs": [0.02, 0.02, 0.04]}}
+    recorder.paired("gain", "nearer", Samples("psnr_gain", errors, 1e-5), "dB", (">=", 0.0))
+
+if __name__ == "__main__":
+    BENCHMARK.main()
+"""
+
+
+def test_planted_faults_are_all_caught(checkout, plant, results, tmp_path, monkeypatch, capsys):
+    """A missing proof, a result from other sources, an exact proof that fails, edited numbers, and a forged claim.
+
+    All but the last are caught by `verify` and by every listing of methods. The last is a record with made-up numbers
+    and a digest that fits: only measuring again tells.
+    """
+    from benchmarks._bench import Selection
+    from diffusers_ext import bench, cli
+
+    faulty = ("gap", "moved", "broken", "edited")
+    for key in set(checkout) - {"whole", *faulty}:
+        del checkout[key]
+    code, found, text = run(["whole"], record=True)
+    assert code == 0 and found == {"whole": PASSED} and "1 of 1 methods have all their proofs: 5 passed" in text
+
+    code, found, text = run(verify.verifiable(), record=True)
+    assert code == 1
+    assert found == {
+        "whole": PASSED,
+        "gap": PASSED | {"loads": "missing"},
+        "moved": PASSED | {"claim": "failed"},
+        "broken": PASSED | {"exact": "failed"},
+        "edited": PASSED | {"claim": "failed"},
+    }
+    summary = text.partition("1 of 5 methods have all their proofs: 21 passed, 3 failed, 1 missing.")[2]
+    for line in ("gap: loads missing", "moved: claim failed", "broken: exact failed", "edited: claim failed"):
+        assert line in summary
+    for key in faulty:
+        assert run([key])[0] == 1
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(list(arguments))
+        return left.value.code or 0, *capsys.readouterr()
+
+    wanted = {"whole": "works", "gap": "open", "moved": "stale", "broken": "open", "edited": "invalid"}
+    code, out, err = command("methods", "--all", "--json")
+    assert {row["key"]: row["status"] for row in json.loads(out)} == wanted
+    assert code == 1 and "edited.json was edited" in err
+    code, out, err = command("methods")
+    assert code == 1 and "edited.json was edited" in err and "2 open" in out
+    assert {line.split()[0]: line.split()[1] for line in out.splitlines()[1:4]} == {
+        key: status for key, status in wanted.items() if status != "open"
+    }
+    assert "other sources were measured" in command("show", "moved")[1]
+    assert "other sources" not in command("show", "whole")[1]
+    code, _, err = command("show", "edited")
+    assert code == 2 and "edited.json was edited" in err
+    for key, status in wanted.items():
+        if status == "invalid":
+            with pytest.raises(ValueError, match=r"edited\.json was edited"):
+                _ = checkout[key].status
+        else:
+            assert checkout[key].status == status
+
+    # The claim of a commit, measured again in a process of its own.
+    plant({"benchmarks/whole.py": PLANTED_BENCHMARK.format(results=str(results)), "benchmarks/__init__.py": ""})
+    for file in ("_record.py", "_bench.py"):
+        shutil.copy(ROOT / "benchmarks" / file, tmp_path / "benchmarks")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(proofs, "RESULTS", proofs.RESULTS)
+    benchmark = runpy.run_path(str(tmp_path / "benchmarks" / "whole.py"))["BENCHMARK"]
+    monkeypatch.setattr(registry, "_all", lambda: checkout)
+    benchmark.run(Console(file=io.StringIO()))
+    assert run(["whole"], record=True)[0] == 0
+    commit = hashlib.sha1(b"a commit").hexdigest()
+    assert command("bench", "--ci", "--commit", commit)[0] == 0
+
+    result = proofs.read_result("whole")
+    [entry] = result["claims"]
+    entry["samples"]["ours"] = [number / 2 for number in entry["samples"]["ours"]]
+    entry["value"] += 20 * math.log10(2)
+    entry["interval"] = [end + 20 * math.log10(2) for end in entry["interval"]]
+    proofs._save(result)
+    assert run(["whole"])[0] == 0 and checkout["whole"].status == "works"  # as if it had been measured
+    assert benchmark.check(Console(file=io.StringIO()), Selection()) is False
+    assert command("bench", "--ci", "--commit", commit)[0] == 1
 
 
 def test_verify_tells_where_a_run_broke_off(checkout, plant):

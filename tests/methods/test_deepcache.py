@@ -18,8 +18,10 @@ from torch import nn
 
 import diffusers_ext as dx
 from diffusers_ext.hooks.deepcache import quad_steps
+from tests.common.suite import CommonCase
 from tests.unets import UNETS, conditional, predict, spatio_temporal
 
+COMMON = CommonCase(settings=[{"schedule": "quad", "center": 1, "interval": 2}, {"interval": 2, "branch": 2}])
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "deepcache.json").read_text())
 
 exact = pytest.mark.proof("exact")
