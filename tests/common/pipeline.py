@@ -114,7 +114,7 @@ def calls_change_nothing(case: Case, world: World) -> None:
 
 @SUITE.rule()
 def callbacks(case: Case, world: World) -> None:
-    """`callback_on_step_end` comes once a step, in order, and sees tensors by name; a run broken off there leaves nothing."""
+    """`callback_on_step_end` comes `num_timesteps` times, in order, with the tensors asked for; broken off there, no trace."""
     pipe = build(case, world)
     given = call(case, pipe)
     if "callback_on_step_end" not in inspect.signature(pipe.__call__).parameters:
@@ -127,10 +127,14 @@ def callbacks(case: Case, world: World) -> None:
 
     found = models.draw(pipe, {**given, "callback_on_step_end": callback})
     require(torch.equal(found, expected), "a callback that does nothing changes the result")
-    require(
-        [step for step, _ in seen] == list(range(len(seen))) and seen,
-        f"callbacks came for {[step for step, _ in seen]}",
-    )
+    numbers = [step for step, _ in seen]
+    require(numbers and numbers == list(range(len(numbers))), f"callbacks came for the steps {numbers}")
+    count = getattr(pipe, "num_timesteps", None)
+    require(count == len(numbers), f"`num_timesteps` is {count}, and {len(numbers)} callbacks came")
+    named = list(case.cls._callback_tensor_inputs)[:1]
+    if "callback_on_step_end_tensor_inputs" in inspect.signature(pipe.__call__).parameters:
+        models.draw(pipe, {**given, "callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": named})
+        require(seen[-1][1] == named, f"asked for the tensors {named}, a callback got {seen[-1][1]}")
 
     def abort(_pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         raise models.Abort

@@ -35,18 +35,20 @@ class PlantedPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
     ) -> Any:
         check_number("num_inference_steps", num_inference_steps, 1, 1000, integer=True)
-        check_word("output_type", output_type, ("pt", "np"))
+        check_word("output_type", output_type, ("pt", "np", "latent"))
         side = self.unet.config.sample_size
         shape = (1, self.unet.config.in_channels, side, side)
         latents = self.start(randn_tensor(shape, generator=generator, dtype=self.unet.dtype))
         self.scheduler.set_timesteps(num_inference_steps)
+        self.num_timesteps = len(self.scheduler.timesteps)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps), start=self.first):
             noise = self.unet(latents, t, return_dict=False)[0]
             latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, i, t, {"latents": latents}).get("latents", latents)
+                given = {name: latents for name in callback_on_step_end_tensor_inputs}
+                latents = callback_on_step_end(self, i, t, given).get("latents", latents)
         images = self.end(self.config.gain * latents)
-        images = images if output_type == "pt" else images.float().permute(0, 2, 3, 1).numpy()
+        images = images if output_type != "np" else images.float().permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def start(self, latents: torch.Tensor) -> torch.Tensor:
