@@ -45,6 +45,26 @@ def set_private_config(configured: Any, key: str, value: Any | None) -> None:
     configured._internal_dict = FrozenDict(config)
 
 
+def pipeline_reading(read: Callable[[Any], dict[str, Any]], module: str) -> Any:
+    """A `DiffusionPipeline` whose `from_pretrained` and `download` read every JSON file by `read(path)`.
+
+    Its module is `module`: of a class named `DiffusionPipeline`, diffusers looks the real class up in the package where
+    that name is from.
+    """
+    from diffusers import DiffusionPipeline
+
+    def of_class(cls: type, json_file: Any) -> dict[str, Any]:
+        return read(json_file)
+
+    body = {"_dict_from_json_file": classmethod(of_class), "__module__": module}
+    return type("DiffusionPipeline", (DiffusionPipeline,), body)
+
+
+def lora_components(pipe: Any) -> tuple[str, ...]:
+    """Names of the components that LoRA files of this pipeline's class may hold."""
+    return tuple(getattr(pipe, "_lora_loadable_modules", ()))
+
+
 # --- hooks -----------------------------------------------------------------------------------------------------------
 # diffusers wraps a module's `forward` in a closure. `copy.deepcopy` does not copy closures, so a copy of a hooked model
 # would run the hooks and weights of the original. The same chain as a partial of a plain function is copied right.

@@ -238,7 +238,7 @@ def _check_component(pipe: Any, component: str, model: nn.Module) -> None:
                 "`pipe.unload_lora_weights()`), then save."
             )
     # The pipeline class itself says which components its LoRA files may hold.
-    loadable = getattr(pipe, "_lora_loadable_modules", ())
+    loadable = _compat.lora_components(pipe)
     saver = getattr(type(pipe), "save_lora_weights", None)
     takes = inspect.signature(saver).parameters if saver is not None else {}
     if component not in loadable or f"{component}_lora_layers" not in takes:

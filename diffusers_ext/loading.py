@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import _loras
+from . import _compat, _loras
 from . import recipe as recipes
 from ._export import CLASSES_KEY
 from .registry import LAZY_NAMES, load_entry
@@ -81,19 +81,15 @@ def _lora_files(
 def _loader(index: dict[str, Any]) -> Any:
     """A `DiffusionPipeline` that reads our classes in a `model_index.json` as those of the installed package.
 
-    Stock loading takes an entry `[file, class]` for code to run from the repository. Both of its ways to read the
-    index, `load_config` and `download`, go through `_dict_from_json_file`, so that is where entries of ours are turned
-    into `["diffusers_ext", class]`. A class named `DiffusionPipeline` is generic to diffusers: it looks the pipeline's
-    class up in the package where the generic class is from, which is ours where the pipeline's class is.
+    Stock loading takes an entry `[file, class]` for code to run from the repository: entries of ours are turned into
+    `["diffusers_ext", class]` where the index is read.
     """
-    from diffusers import DiffusionPipeline
 
-    def read(cls: type, json_file: str | os.PathLike) -> dict[str, Any]:
-        return _with_installed_classes(json.loads(Path(json_file).read_text(encoding="utf-8")))
+    def read(file: str | os.PathLike) -> dict[str, Any]:
+        return _with_installed_classes(json.loads(Path(file).read_text(encoding="utf-8")))
 
     ours = isinstance(index.get("_class_name"), list) and isinstance(_with_installed_classes(index)["_class_name"], str)
-    body = {"_dict_from_json_file": classmethod(read), "__module__": _PACKAGE if ours else "diffusers"}
-    return type("DiffusionPipeline", (DiffusionPipeline,), body)
+    return _compat.pipeline_reading(read, _PACKAGE if ours else "diffusers")
 
 
 def _with_installed_classes(index: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils.torch_utils import randn_tensor
 
 from ._checks import check_number, check_word
@@ -23,6 +24,7 @@ class PlantedPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(gain=gain)
+        self.gain = gain
 
     @torch.no_grad()
     def __call__(
@@ -47,7 +49,7 @@ class PlantedPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 given = {name: latents for name in callback_on_step_end_tensor_inputs}
                 latents = callback_on_step_end(self, i, t, given).get("latents", latents)
-        images = self.end(self.config.gain * latents)
+        images = self.end(self.gain * latents)
         images = images if output_type != "np" else images.float().permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -71,13 +73,8 @@ class LosesItsGain(PlantedPipeline):
     """The gain is in no config, and so in no file."""
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, gain: float = 1.0) -> None:
-        super().__init__(unet, scheduler)
-        config = {key: value for key, value in self.config.items() if key != "gain"}
-        self._internal_dict = type(self._internal_dict)(config)
-        self.gain = gain
-
-    def end(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents * self.gain
+        super().__init__(unet, scheduler, gain)
+        self._internal_dict = FrozenDict({key: value for key, value in self.config.items() if key != "gain"})
 
 
 class HiddenOption(PlantedPipeline):
