@@ -541,6 +541,7 @@ def test_saved_pushed_and_loaded_in_a_fresh_process(pipe, tmp_path):
     cached = picture(pipe)
     plain = picture(dx.disable(copy.deepcopy(pipe)))
     dx.save_pretrained(pipe, tmp_path / "repo")
+    assert abs(cached - plain).max() > 1e-2  # so that 1e-5, the bound between processes, tells them apart
     torch.save({"cached": torch.from_numpy(cached), "plain": torch.from_numpy(plain)}, tmp_path / "expected.pt")
     code = f"""
         import sys, torch
@@ -549,20 +550,22 @@ def test_saved_pushed_and_loaded_in_a_fresh_process(pipe, tmp_path):
             pipe.set_progress_bar_config(disable=True)
             return torch.from_numpy(pipe("a person with tan skin", num_inference_steps=6, generator=torch.Generator().manual_seed(0),
                                          output_type="np").images)
+        def same(picture, expected):  # another process may run other kernels: the last bits are not promised
+            return (picture - expected).abs().max() <= 1e-5
         expected = torch.load({str(tmp_path / "expected.pt")!r})
         folder = {str(tmp_path / "repo")!r}
         stock = diffusers.DiffusionPipeline.from_pretrained(folder)
         assert "diffusers_ext" not in sys.modules
-        assert torch.equal(picture(stock), expected["plain"]), "stock loading gives the plain pipeline"
+        assert same(picture(stock), expected["plain"]), "stock loading gives the plain pipeline"
         import diffusers_ext as dx
         ours = dx.Pipeline.from_pretrained(folder)
         assert [entry.key for entry in dx.status(ours)] == ["deepcache"]
-        assert torch.equal(picture(ours), expected["cached"]), "dx.Pipeline gives it with DeepCache on"
+        assert same(picture(ours), expected["cached"]), "dx.Pipeline gives it with DeepCache on"
         dx.push_to_hub(ours, "me/deepcache-avatars")
         pulled = dx.Pipeline.from_pretrained("me/deepcache-avatars")
-        assert torch.equal(picture(pulled), expected["cached"])
+        assert same(picture(pulled), expected["cached"])
         stock = diffusers.DiffusionPipeline.from_pretrained("me/deepcache-avatars")
-        assert torch.equal(picture(stock), expected["plain"])
+        assert same(picture(stock), expected["plain"])
     """
     with HubServer() as hub:
         run_fresh(code, env=hub.env)
