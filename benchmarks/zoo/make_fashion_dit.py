@@ -3,7 +3,7 @@
     python -m benchmarks.data.fetch fashion-mnist
     python -m benchmarks.zoo.make_fashion_dit make outputs/fashion-dit
 
-takes about an hour on one idle core, and continues where it was stopped. `start` and `finish` are its first and last
+takes about an hour and a half on one idle core, and continues where it was stopped. `start` and `finish` are its first and last
 step alone.
 """
 
@@ -31,9 +31,10 @@ TRAINING = (
     *_fashion.DATA, "--cache_latents", "--center_crop", "--train_batch_size", "64", "--snr_gamma", "5",
     "--validation_steps", "400", "--checkpointing_steps", "200",
 )  # fmt: skip
-# The second begins with the averaged weights of the first.
+# The second and the third begin with the averaged weights of the one before.
 FIRST = (*TRAINING, "--max_train_steps", "1200", "--learning_rate", "1e-3")
 SECOND = (*TRAINING, "--max_train_steps", "1600", "--learning_rate", "7e-4", "--seed", "1")
+THIRD = (*TRAINING, "--max_train_steps", "2000", "--learning_rate", "7e-4", "--seed", "2")
 
 
 def start(folder: Path) -> None:
@@ -60,13 +61,14 @@ def named(pipe: DiTPipeline) -> DiTPipeline:
 
 
 def make(folder: Path) -> None:
-    """All five steps; continues where it was stopped."""
+    """All six steps; continues where it was stopped."""
     if not (folder / "start" / "model_index.json").is_file():
         start(folder / "start")
     _make.run_trainer("autoencoder", folder / "start", folder / "vae", AUTOENCODER)
     vae = ("--vae_path", str(folder / "vae"))
     _make.run_trainer("class_conditional", folder / "start", folder / "first", (*vae, *FIRST))
-    _make.run_trainer("class_conditional", folder / "first", folder / "model", SECOND)
+    _make.run_trainer("class_conditional", folder / "first", folder / "second", SECOND)
+    _make.run_trainer("class_conditional", folder / "second", folder / "model", THIRD)
     finish(folder / "model")
 
 
