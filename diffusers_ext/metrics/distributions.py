@@ -130,7 +130,8 @@ def kernel_distance(
     below zero about as often as above: an interval without zero tells more than `noise`, which is a single draw. Papers
     often report it times 1,000; this is the plain value.
 
-    Bootstrap samples leave out pairs of a picture with itself, which would count as very similar pictures.
+    Bootstrap samples leave out pairs of a picture with itself, which would count as very similar pictures. With few
+    pictures the interval is narrow: of 60 pictures with one feature each it held the true value in 84% of trials, not 95%.
 
     Args, raises: as for `frechet_distance`. `bias` of the result is zero but for the bootstrap's own error.
     """
