@@ -217,12 +217,18 @@ def _recipe_table(rows: list) -> str:
         [
             f"`{entry['method']}`",
             f"`{entry['component']}`" if entry.get("component") else "the pipeline",
-            ", ".join(f"{name}={value!r}" for name, value in entry.get("config", {}).items()),
+            ", ".join(f"{name}={_short(value)}" for name, value in entry.get("config", {}).items()),
             row.summary if row is not None else "",
         ]
         for row, entry in rows
     ]
     return table(["Method", "On", "Settings", "What it does"], lines)
+
+
+def _short(value: Any) -> str:
+    """A value as Python writes it; long ones, such as tables of numbers, cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _lora_table(loras: list) -> str:

@@ -30,7 +30,7 @@ class MultistepScheduler(GridScheduler):
         )
         kind = "data" if there.sigma == 0 else self.config.kind
         current = convert(model_output, sample, i)
-        weights = step_weights(kind, here, there, [l - here.lambda_ for l, _ in past], order, scale)
+        weights = step_weights(kind, here, there, [lambda_ - here.lambda_ for lambda_, _ in past], order, scale)
         newest = current if kind == self.config.kind else self.to_data(model_output, sample, i)
         self.kept = [(here.lambda_, current), *self.kept][:3]
         return combine(weights, sample, [newest, *(m for _, m in past)])

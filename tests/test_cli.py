@@ -127,7 +127,7 @@ def test_show_gives_the_reason_where_there_is_no_system(run):
         (["methods", "--area", "cooking"], "acceleration, "),
         (["show", "deepcash"], "deepcache"),
         (["bench", "deepcash"], "deepcache (area acceleration)"),
-        (["bench", "samplers"], "deepcache (area acceleration)"),
+        (["bench", "cooking"], "deepcache (area acceleration)"),
         (["bench"], "--all"),
         (["bench", "deepcache", "--ci"], "--ci"),
         (["bench", "deepcache", "--commit", "a" * 40], "--commit"),

@@ -91,6 +91,8 @@ def step_weights(
     offsets: Sequence[float] = (),
     order: int | None = None,
     first_derivative_scale: float = 1.0,
+    second_derivative_scale: float = 1.0,
+    counts: Sequence[int] | None = None,
 ) -> Weights:
     r"""Weights of one step of Taylor order `order`, with derivatives from differences to the predictions at `offsets`.
 
@@ -101,12 +103,14 @@ def step_weights(
         offsets: :math:`\lambda_j - \lambda_s` of the other predictions; the points may lie before or after `s`.
         order: number of terms of the Taylor series, from 1 to `len(offsets) + 1`, which is the default.
         first_derivative_scale: factor on the first derivative's term: see `midpoint_scale`.
+        second_derivative_scale: factor on the second's; 0.5 is DPM-Solver++ 3M as it is commonly implemented, of order 2.
+        counts: for each derivative the number of offsets, from the first on, that its difference takes; all if None.
 
     Returns:
         weights whose predictions are those at `s` first, then those at `offsets`.
 
     Raises:
-        ValueError: `kind` or `order` is none of those, or the step to clean data is not of order 1.
+        ValueError: `kind`, `order` or `counts` is none of those, or the step to clean data is not of order 1.
     """
     if kind not in ("noise", "data"):
         raise ValueError(f"`kind` is {kind!r}; allowed are 'noise' and 'data'.")
@@ -114,6 +118,11 @@ def step_weights(
     if not 1 <= order <= len(offsets) + 1:
         raise ValueError(
             f"`order` is {order!r}; with {len(offsets)} other predictions it may be 1 to {len(offsets) + 1}."
+        )
+    counts = [len(offsets)] * (order - 1) if counts is None else counts
+    if len(counts) != order - 1 or not all(k <= n <= len(offsets) for k, n in enumerate(counts, 1)):
+        raise ValueError(
+            f"`counts` is {list(counts)!r}; order {order} needs {order - 1} of them, the k-th from k to {len(offsets)}."
         )
     h = end.lambda_ - start.lambda_
     if not math.isfinite(h):
@@ -126,9 +135,10 @@ def step_weights(
     z, factor = (h, -end.sigma) if kind == "noise" else (-h, end.alpha)
     state = end.alpha / start.alpha if kind == "noise" else end.sigma / start.sigma
     at_s, others = factor * h * phi(1, z), np.zeros(len(offsets))
-    for k in range(1, order):
-        term = factor * h ** (k + 1) * phi(k + 1, z) * difference_weights(offsets, k)
-        others += term * (first_derivative_scale if k == 1 else 1.0)
+    scales = {1: first_derivative_scale, 2: second_derivative_scale}
+    for k, n in enumerate(counts, 1):
+        term = scales.get(k, 1.0) * factor * h ** (k + 1) * phi(k + 1, z)
+        others[:n] += term * difference_weights(offsets[:n], k)
     return Weights(state, (float(at_s - others.sum()), *map(float, others)))
 
 

@@ -7,38 +7,25 @@ The process is :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`: that of a beta sc
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils import BaseOutput, is_scipy_available
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import is_scipy_available
 
 from ._exponential import Point
+from ._run import RunScheduler, RunSchedulerOutput
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 SPACINGS = ("linspace", "leading", "trailing")
 
 
-@dataclass
-class GridSchedulerOutput(BaseOutput):
-    """Output of `step`.
-
-    Attributes:
-        prev_sample (`torch.Tensor`): the sample at the next timestep, to be passed to the denoiser next.
-        pred_original_sample (`torch.Tensor`): the clean sample as predicted from this call.
-    """
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
-
-
-class GridScheduler(SchedulerMixin, ConfigMixin):
+class GridScheduler(RunScheduler):
     """Base of our ODE schedulers; a subclass writes `update`, and `start` where it keeps something over steps.
 
     A subclass's `__init__` takes its own arguments and is decorated with `register_to_config` and, below that,
@@ -62,7 +49,6 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
-    order = 1
 
     def __init__(
         self,
@@ -91,15 +77,18 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
         check_choice("timestep_spacing", timestep_spacing, SPACINGS)
         check_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
         check_choice("time_shift_type", time_shift_type, ("exponential", "linear"))
-        if not (isinstance(num_train_timesteps, int) and num_train_timesteps >= 2):
-            raise ValueError(f"`num_train_timesteps` is {num_train_timesteps!r}; an integer of at least 2 is needed.")
-        if flow_shift <= 0:
-            raise ValueError(f"`flow_shift` is {flow_shift!r}; it must be positive.")
-        if not 0 < dynamic_thresholding_ratio <= 1 or sample_max_value <= 0:
-            raise ValueError(
-                f"`dynamic_thresholding_ratio` is {dynamic_thresholding_ratio!r} and `sample_max_value` "
-                f"{sample_max_value!r}; the first is in (0, 1], the second positive."
-            )
+        for name, flag in (
+            ("thresholding", thresholding), ("use_karras_sigmas", use_karras_sigmas),
+            ("use_exponential_sigmas", use_exponential_sigmas), ("use_beta_sigmas", use_beta_sigmas),
+            ("use_flow_sigmas", use_flow_sigmas), ("use_dynamic_shifting", use_dynamic_shifting),
+            ("rescale_betas_zero_snr", rescale_betas_zero_snr),
+        ):  # fmt: skip
+            check_choice(name, flag, (True, False))
+        check_number("num_train_timesteps", num_train_timesteps, 2, whole=True)
+        check_number("steps_offset", steps_offset, 0, whole=True)
+        check_number("flow_shift", flow_shift, 0, open_low=True)
+        check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1, open_low=True)
+        check_number("sample_max_value", sample_max_value, 0, open_low=True)
         others = (use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas)
         if sum(others) > 1:
             raise ValueError(
@@ -110,6 +99,7 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
                 f"`prediction_type` is {prediction_type!r} with `use_flow_sigmas` {use_flow_sigmas!r}; 'flow_prediction' "
                 "goes with `use_flow_sigmas=True`, and the other types with False."
             )
+        _check_betas(beta_start, beta_end, beta_schedule, trained_betas, num_train_timesteps)
         if use_beta_sigmas and not is_scipy_available():
             raise ImportError("`use_beta_sigmas=True` needs scipy: pip install scipy.")
         if use_flow_sigmas:
@@ -122,21 +112,16 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
             self.alphas = 1.0 - self.betas
             self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
             if rescale_betas_zero_snr:
-                self.alphas_cumprod[-1] = 2**-24  # close to zero; an infinite ratio has no logarithm
+                # Close to zero: an infinite ratio has no logarithm. Schedules may be below 2^-24 the step before already.
+                self.alphas_cumprod[-1] = min(2**-24, float(self.alphas_cumprod[-2]) / 2)
             table = self.alphas_cumprod.double()
             self._train_ratios = torch.sqrt((1 - table) / table).numpy()
         self.init_noise_sigma = 1.0
-        self.num_inference_steps: int | None = None
         self.points: list[Point] = []
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self.sigmas = torch.from_numpy(np.append(self._train_ratios[::-1], 0.0)).float()
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
 
     # --- what a subclass writes --------------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Forget what was kept of an earlier run."""
 
     def update(
         self, model_output: torch.Tensor, sample: torch.Tensor, i: int, generator: torch.Generator | None
@@ -156,12 +141,7 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; the config of a flow-matching scheduler, as of SD3 and Flux, is understood as well."""
-        if isinstance(config, dict) and "shift" in config and "beta_start" not in config:
-            for name in ("invert_sigmas", "shift_terminal", "stochastic_sampling"):
-                if config.get(name):
-                    raise ValueError(f"`{name}` is {config[name]!r} in the config; {cls.__name__} does not support it.")
-            flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
-            config = {name: value for name, value in config.items() if name != "shift"} | flow
+        config = from_flow_config(config, ("invert_sigmas", "shift_terminal", "stochastic_sampling"))
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def set_timesteps(
@@ -179,11 +159,11 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
             device: where `timesteps` will be.
             timesteps: the timesteps themselves, strictly falling, instead of a number of steps.
             sigmas: noise levels, strictly falling, instead: sigma / alpha, or for flow sigma before the shift.
-            mu: logarithm of the dynamic shift, with `use_dynamic_shifting`.
+            mu: logarithm of the dynamic shift, with `use_dynamic_shifting`; not used without it.
 
         Raises:
             ValueError: not exactly one of the three is given (a number beside a list must be its length), a list does
-                not fall, a value is out of range, or `mu` is missing or not expected.
+                not fall, a value is out of range, or `mu` is missing.
         """
         given = [values for values in (timesteps, sigmas) if values is not None]
         if len(given) == 2 or (not given and num_inference_steps is None):
@@ -192,9 +172,8 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`num_inference_steps` is {num_inference_steps!r}, and the list has {len(given[0])} values."
             )
-        if self.config.use_dynamic_shifting != (mu is not None):
-            raise ValueError(f"`mu` is {mu!r}; with `use_dynamic_shifting={self.config.use_dynamic_shifting}` it must be "
-                             f"{'given' if self.config.use_dynamic_shifting else 'None'}.")  # fmt: skip
+        if self.config.use_dynamic_shifting and mu is None:
+            raise ValueError("`mu` is None; with `use_dynamic_shifting=True` it must be given.")
         if not given:
             self._check_number(num_inference_steps)
         ratios, times = self._levels(
@@ -202,14 +181,14 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
         )
         self.num_inference_steps = len(times)
         last = 0.0 if self.config.final_sigmas_type == "zero" else float(self._train_ratios[0])
-        if last >= ratios[-1]:  # the last timestep is the first of training already: no step is left but to clean data
+        if last > ratios[-1] * (1 - 1e-6):  # the grid is there already: no step is left but the one to clean data
             last = 0.0
         self.points = [self._point(float(ratio)) for ratio in (*ratios, last)]
         kept = [point.sigma for point in self.points] if self.config.use_flow_sigmas else [*ratios, last]
         self.sigmas = torch.tensor(kept, dtype=torch.float32)  # on the CPU: nothing waits for a device
         whole = not self.config.use_flow_sigmas and np.array_equal(times, np.round(times))
         self.timesteps = torch.from_numpy(times.astype(np.int64 if whole else np.float32)).to(device)
-        self._step_index = self._begin_index = None
+        self._rewind()
         self.start()
 
     def _check_number(self, number: Any) -> None:
@@ -256,25 +235,25 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
             times = (
                 (np.arange(0, n + 1) * (train // (n + 1))).round()[::-1][:-1] if n < train else np.arange(train)[::-1]
             )
-            return np.minimum(times + self.config.steps_offset, train - 1.0)
+            return times + min(self.config.steps_offset, train - 1 - times[0])  # none twice
         return np.arange(train, 0, -train / n).round()[:n] - 1.0
 
     def _other_grid(self, n: int) -> np.ndarray | None:
-        """Ratios between those of the last and the first training timestep."""
-        config, ramp = self.config, np.linspace(0, 1, n)
+        """Ratios from that of the last training timestep to that of the first, where `sigma_min` leaves one to end at."""
+        config = self.config
+        ramp = np.linspace(0, 1, n + (config.final_sigmas_type == "sigma_min"))[:n]
         high, low = self._train_ratios[-1], self._train_ratios[0]
         if config.use_karras_sigmas:  # Karras et al. 2022, equation 5, rho = 7
             return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
         if config.use_exponential_sigmas:
-            return np.exp(np.linspace(math.log(high), math.log(low), n))
+            return high * (low / high) ** ramp
         if config.use_beta_sigmas:  # Lee et al. 2024 (arXiv 2407.12173), alpha = beta = 0.6
-            from scipy.stats import beta
-
-            return low + beta.ppf(1 - ramp, 0.6, 0.6) * (high - low)
+            # By name: an exported file that names scipy in an import would need it for all grids.
+            return low + importlib.import_module("scipy.stats").beta.ppf(1 - ramp, 0.6, 0.6) * (high - low)
         return None
 
     def _shifted(self, levels: np.ndarray, mu: float | None) -> np.ndarray:
-        if mu is not None:
+        if self.config.use_dynamic_shifting and mu is not None:
             shift = math.exp(mu) if self.config.time_shift_type == "exponential" else mu
         else:
             shift = self.config.flow_shift
@@ -301,7 +280,7 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> GridSchedulerOutput | tuple[torch.Tensor]:
+    ) -> RunSchedulerOutput | tuple[torch.Tensor]:
         """One step of the grid.
 
         Args:
@@ -317,17 +296,12 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: `set_timesteps` was not called, or the run is over.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("`num_inference_steps` is None; call `set_timesteps` first.")
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= self.num_inference_steps:
-            raise ValueError(f"All {self.num_inference_steps} steps are done; call `set_timesteps` for a new run.")
+        i = self._enter(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        previous = self.update(model_output.to(dtype), sample.to(dtype), self._step_index, generator)
-        self._step_index += 1
+        previous = self.update(model_output.to(dtype), sample.to(dtype), i, generator)
+        self._leave(i)
         previous = previous.to(model_output.dtype)
-        return GridSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
+        return RunSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def to_data(self, model_output: torch.Tensor, sample: torch.Tensor, i: int) -> torch.Tensor:
         """The clean sample that a prediction at point `i` stands for, after thresholding."""
@@ -365,32 +339,6 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
 
     # --- what pipelines and trainers call ----------------------------------------------------------------------------
 
-    @property
-    def step_index(self) -> int | None:
-        """Index of the next step; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index of the first step, where a pipeline set it."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start in the middle, as image-to-image does."""
-        self._begin_index = begin_index
-
-    def index_for_timestep(self, timestep: int | float | torch.Tensor) -> int:
-        """Index of a timestep of the grid."""
-        wanted = torch.as_tensor(timestep, dtype=torch.float64, device="cpu").reshape(-1)[:1]
-        found = (self.timesteps.double().cpu() == wanted).nonzero()
-        if len(found) == 0:
-            raise ValueError(f"`timestep` is {timestep!r}; the grid has {self.timesteps.tolist()}.")
-        return int(found[0])
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
-        """The sample as it is: the denoiser takes it unscaled."""
-        return sample
-
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """`alpha_t x_0 + sigma_t noise`, at any timesteps `(batch,)`."""
         times = torch.as_tensor(timesteps).double().cpu().reshape(-1).numpy()
@@ -413,31 +361,63 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
 
 
 def with_grid_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """Add the arguments of `GridScheduler` to a subclass's `__init__`, after its own, which it sets up first.
+    """Add the arguments of `GridScheduler` to a subclass's `__init__`, after its own, and set the grid up first.
 
-    diffusers reads the arguments of a config off the signature. So the result shows all of them.
+    diffusers reads the arguments of a config off the signature, so the result shows all of them. They go by name: what is
+    given by position diffusers notes as a default, and `from_config` would drop it.
     """
-    own = inspect.signature(init)
+    own = list(inspect.signature(init).parameters.values())[1:]
     grid = list(inspect.signature(GridScheduler.__init__).parameters.values())[1:]
-    added = [parameter for parameter in grid if parameter.name not in own.parameters]
-    signature = own.replace(parameters=[*own.parameters.values(), *added])
+    named = {parameter.name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*grid, *own]}
+    order = [parameter.name for parameter in own] + [name for name in named if name not in {p.name for p in own}]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    signature = inspect.Signature([first, *(named[name] for name in order)])
 
     @functools.wraps(init)
     def full(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        given = dict(bound.arguments)
-        GridScheduler.__init__(self, **{parameter.name: given[parameter.name] for parameter in grid})
-        init(**{name: given[name] for name in own.parameters})
+        GridScheduler.__init__(self, **{parameter.name: bound.arguments[parameter.name] for parameter in grid})
+        init(self, **{parameter.name: bound.arguments[parameter.name] for parameter in own})
 
     full.__signature__ = signature  # type: ignore[attr-defined]
     return full
 
 
+def from_flow_config(config: Any, unsupported: Sequence[str]) -> Any:
+    """The config of a flow-matching scheduler of diffusers in the words of its diffusion schedulers; others as they are.
+
+    Args:
+        config: what `from_config` was given.
+        unsupported: settings of flow-matching schedulers that must be off.
+
+    Raises:
+        ValueError: one of these is on.
+    """
+    if not isinstance(config, Mapping) or "shift" not in config or "beta_start" in config:
+        return config
+    for name in unsupported:
+        if config.get(name):
+            raise ValueError(f"`{name}` is {config[name]!r} in the config; only schedulers without it can be followed.")
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": config["shift"]}
+    return {name: value for name, value in config.items() if name != "shift"} | flow
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raise `ValueError` where an argument has none of the allowed values."""
-    if value not in allowed:
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ValueError(f"`{name}` is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False, whole: bool = False
+) -> None:
+    """Raise `ValueError` unless an argument is a finite number, or whole number, from `low` (or over it) to `high`."""
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high or (open_low and value == low):
+        bounds = f"{'over' if open_low else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+        raise ValueError(f"`{name}` is {value!r}; allowed are {'whole ' if whole else ''}numbers {bounds}.")
 
 
 def _falling(name: str, values: Sequence[float] | None) -> np.ndarray | None:
@@ -457,10 +437,21 @@ def _below_pure_noise(levels: np.ndarray, train: int) -> np.ndarray:
     return np.concatenate([[1 - gap], levels[1:]])
 
 
+def _check_betas(start: Any, end: Any, schedule: Any, trained: Any, number: int) -> None:
+    check_number("beta_start", start, 0, 1, open_low=True)
+    check_number("beta_end", end, 0, 1, open_low=True)
+    check_choice("beta_schedule", schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+    if trained is None:
+        return
+    if not isinstance(trained, (list, tuple, np.ndarray)) or len(trained) != number:
+        raise ValueError(f"`trained_betas` is {trained!r}; `num_train_timesteps` numbers, {number}, are needed.")
+    for beta in trained:
+        check_number("trained_betas", beta, 0, 1, open_low=True)
+
+
 def _betas(n: int, start: float, end: float, schedule: str, trained: Sequence[float] | None) -> torch.Tensor:
     if trained is not None:
         return torch.tensor(trained, dtype=torch.float32)
-    check_choice("beta_schedule", schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
     if schedule == "linear":
         return torch.linspace(start, end, n, dtype=torch.float32)
     if schedule == "scaled_linear":

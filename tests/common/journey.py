@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from .suite import Case
 
 SIDES = ("with this package", "without this package")
-TOLERANCE = 1e-5  # weights that are mapped from a file may be aligned differently in memory
+# Weights that are mapped from a file may be aligned differently in memory. With random weights, that moves the result of a
+# few steps by up to 2e-5, of diffusers' own schedulers too.
+TOLERANCE = 1e-4
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Networks that papers bring: one file a network."""
