@@ -99,7 +99,7 @@ class GridScheduler(RunScheduler):
                 f"`prediction_type` is {prediction_type!r} with `use_flow_sigmas` {use_flow_sigmas!r}; 'flow_prediction' "
                 "goes with `use_flow_sigmas=True`, and the other types with False."
             )
-        _check_betas(beta_start, beta_end, beta_schedule, trained_betas, num_train_timesteps)
+        _check_betas(beta_start, beta_end, beta_schedule, trained_betas)
         if use_beta_sigmas and not is_scipy_available():
             raise ImportError("`use_beta_sigmas=True` needs scipy: pip install scipy.")
         if use_flow_sigmas:
@@ -172,6 +172,9 @@ class GridScheduler(RunScheduler):
             raise ValueError(
                 f"`num_inference_steps` is {num_inference_steps!r}, and the list has {len(given[0])} values."
             )
+        betas, train = self.config.trained_betas, self.config.num_train_timesteps
+        if betas is not None and len(betas) != train:
+            raise ValueError(f"`trained_betas` has {len(betas)} values; `num_train_timesteps` is {train}.")
         if self.config.use_dynamic_shifting and mu is None:
             raise ValueError("`mu` is None; with `use_dynamic_shifting=True` it must be given.")
         if not given:
@@ -437,14 +440,14 @@ def _below_pure_noise(levels: np.ndarray, train: int) -> np.ndarray:
     return np.concatenate([[1 - gap], levels[1:]])
 
 
-def _check_betas(start: Any, end: Any, schedule: Any, trained: Any, number: int) -> None:
+def _check_betas(start: Any, end: Any, schedule: Any, trained: Any) -> None:
     check_number("beta_start", start, 0, 1, open_low=True)
     check_number("beta_end", end, 0, 1, open_low=True)
     check_choice("beta_schedule", schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
     if trained is None:
         return
-    if not isinstance(trained, (list, tuple, np.ndarray)) or len(trained) != number:
-        raise ValueError(f"`trained_betas` is {trained!r}; `num_train_timesteps` numbers, {number}, are needed.")
+    if not isinstance(trained, (list, tuple, np.ndarray)) or len(trained) < 2:
+        raise ValueError(f"`trained_betas` is {trained!r}; a list of `num_train_timesteps` numbers is needed.")
     for beta in trained:
         check_number("trained_betas", beta, 0, 1, open_low=True)
 

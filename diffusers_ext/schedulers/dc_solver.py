@@ -62,7 +62,10 @@ def _with_unipc_arguments(init: Callable[..., None]) -> Callable[..., None]:
         given = {name: value for name, value in bound.arguments.items() if name != "self"}
         _check_unipc(given, named)
         init(self, **{name: given[name] for name in own.parameters if name != "self"})
-        UniPCMultistepScheduler.__init__(self, **{name: given[name] for name in unipc})
+        self.register_to_config(disable_corrector=list(given["disable_corrector"]))  # as it is when loaded
+        # Without its `register_to_config`, which would note `solver_p` as an argument that was left at its default.
+        unipc_init = inspect.unwrap(UniPCMultistepScheduler.__init__)
+        unipc_init(self, **{name: given[name] for name in unipc}, solver_p=None)
 
     full.__signature__ = signature  # type: ignore[attr-defined]
     return full

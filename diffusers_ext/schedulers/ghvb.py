@@ -166,6 +166,7 @@ class HeavyBallUniPCMultistepScheduler(GridScheduler):
         check_choice("lower_order_final", lower_order_final, (True, False))
         if not isinstance(disable_corrector, (list, tuple)) or any(not isinstance(i, int) for i in disable_corrector):
             raise ValueError(f"`disable_corrector` is {disable_corrector!r}; a list of indices of steps is needed.")
+        self.register_to_config(disable_corrector=list(disable_corrector))  # as it is when loaded
 
     def start(self) -> None:
         self.kept: list[tuple[Point, torch.Tensor]] = []  # newest first

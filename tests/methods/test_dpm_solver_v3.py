@@ -31,6 +31,10 @@ def of_noise_prediction() -> dx.DPMSolverV3Statistics:
 COMMON = CommonCase(
     settings=[{"solver_order": 2, "pseudo_corrector": True}, {"use_corrector": False, "pseudo_predictor": True}],
     extras=lambda: {"statistics": of_noise_prediction()},
+    upstream_skips=dict.fromkeys(
+        ("test_add_noise_device", "test_from_save_pretrained", "test_scheduler_outputs_equivalence", "test_step_shape"),
+        "it needs statistics, which diffusers' suite does not give it",
+    ),
 )
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dpm_solver_v3.json").read_text())
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
