@@ -22,8 +22,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 import diffusers_ext as dx
 from benchmarks._bench import OUTPUT
+from benchmarks._grounds import PROBLEMS
 from benchmarks._quality import Variant
-from benchmarks._samplers import PROBLEMS
 from benchmarks._zoo import ZooModel
 
 FOUND = Path(__file__).parent / "data" / "dc_ratios.json"

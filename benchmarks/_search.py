@@ -20,8 +20,9 @@ import torch
 
 import diffusers_ext as dx
 from benchmarks._bench import OUTPUT, Benchmark
+from benchmarks._grounds import PROBLEMS
 from benchmarks._quality import Variant
-from benchmarks._samplers import PROBLEMS, OracleStudy, TrajectoryStudy
+from benchmarks._samplers import OracleStudy, TrajectoryStudy
 from benchmarks._zoo import ZooModel
 from diffusers_ext.oracles import sampler_error
 

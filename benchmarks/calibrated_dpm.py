@@ -16,8 +16,8 @@ import torch
 
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
+from benchmarks._grounds import CACHE
 from benchmarks._record import Recorder, Samples
-from benchmarks._samplers import CACHE
 from benchmarks._zoo import ZooModel
 from benchmarks.data import load_fashion_mnist
 from diffusers_ext import proofs

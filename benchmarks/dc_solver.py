@@ -16,7 +16,8 @@ from diffusers import UniPCMultistepScheduler
 from benchmarks._bench import Benchmark
 from benchmarks._dc_ratios import sampler
 from benchmarks._quality import Variant
-from benchmarks._samplers import PEERS, OracleStudy, TrajectoryStudy, fitting
+from benchmarks._sampler_peers import PEERS, fitting
+from benchmarks._samplers import OracleStudy, TrajectoryStudy
 
 BENCHMARK = Benchmark("dc_solver")
 RIVALS = ("unipc", "unipc_uncorrected_first", "dpm_solver_pp_2m")

@@ -20,8 +20,9 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
 from benchmarks._dc_ratios import GuidedOracle
+from benchmarks._grounds import CACHE, PROBLEMS
 from benchmarks._quality import Variant
-from benchmarks._samplers import CACHE, PROBLEMS, OracleStudy, TrajectoryStudy
+from benchmarks._samplers import OracleStudy, TrajectoryStudy
 from benchmarks._zoo import ZooModel
 from benchmarks.zoo import _avatars
 from diffusers_ext import proofs

@@ -19,14 +19,8 @@ import diffusers_ext as dx
 from benchmarks._bench import OUTPUT, Benchmark
 from benchmarks._quality import RMSE_TOLERANCE, Variant
 from benchmarks._record import Recorder, Samples
-from benchmarks._samplers import (
-    FLOW_ORACLE_PEERS,
-    FLOW_PEERS,
-    OracleStudy,
-    TrajectoryStudy,
-    fitting,
-    reference_run,
-)
+from benchmarks._sampler_peers import FLOW_ORACLE_PEERS, FLOW_PEERS, fitting, reference_run
+from benchmarks._samplers import OracleStudy, TrajectoryStudy
 from benchmarks._zoo import ZooModel
 from benchmarks.zoo import _avatars
 from diffusers_ext.metrics import rmse

@@ -24,17 +24,12 @@ from rich.console import Console
 
 from benchmarks import _plot
 from benchmarks._bench import OUTPUT
+from benchmarks._grounds import PROBLEMS
 from benchmarks._quality import Variant
 from benchmarks._record import machine, print_table, versions
-from benchmarks._samplers import (
-    PROBLEMS,
-    OracleStudy,
-    Sampler,
-    StepOverhead,
-    TrajectoryStudy,
-    error_against_calls,
-    variant_of,
-)
+from benchmarks._sampler_peers import Sampler, variant_of
+from benchmarks._samplers import OracleStudy, TrajectoryStudy, error_against_calls
+from benchmarks._step_overhead import StepOverhead
 from diffusers_ext import registry
 from diffusers_ext.bench import keys as measured_methods
 

@@ -18,26 +18,14 @@ from diffusers import (
 from rich.console import Console
 
 import diffusers_ext as dx
-from benchmarks import _bench, _samplers
+from benchmarks import _bench, _grounds, _samplers
 from benchmarks._bench import Benchmark, Selection
+from benchmarks._grounds import PROBLEMS, OracleGround, PictureGround
 from benchmarks._quality import Variant
 from benchmarks._record import Recorder
-from benchmarks._samplers import (
-    BEST,
-    FLOW_ORACLE_PEERS,
-    FLOW_PEERS,
-    ORACLE_PEERS,
-    PEERS,
-    PROBLEMS,
-    OracleGround,
-    OracleStudy,
-    PictureGround,
-    StepOverhead,
-    TrajectoryStudy,
-    error_against_calls,
-    fitting,
-    peers_of,
-)
+from benchmarks._sampler_peers import FLOW_ORACLE_PEERS, FLOW_PEERS, ORACLE_PEERS, PEERS, fitting, peers_of
+from benchmarks._samplers import BEST, OracleStudy, TrajectoryStudy, error_against_calls
+from benchmarks._step_overhead import StepOverhead
 from benchmarks._zoo import ZooModel
 from diffusers_ext import proofs
 from diffusers_ext.metrics import CallCounter, rmse
@@ -334,7 +322,7 @@ def test_runs_are_kept_on_disk_by_all_that_they_follow_from(tiny, tmp_path, monk
         before = files()
         ground(**options).solve(PEERS["ddim"], 4)
         assert files() == before + 2, options
-    monkeypatch.setattr(_samplers, "weights", lambda name: {"avatars-sd": "retrained"})
+    monkeypatch.setattr(_grounds, "weights", lambda name: {"avatars-sd": "retrained"})
     before = files()
     ground().solve(PEERS["ddim"], 4)
     assert files() == before + 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DEISMultistepScheduler
 
-from benchmarks._samplers import fitting
+from benchmarks._sampler_peers import fitting
 from diffusers_ext.oracles import GaussianMixtureDenoiser, convergence_order, sampler_error
 
 exact = pytest.mark.proof("exact")

@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from benchmarks._samplers import fitting
+from benchmarks._sampler_peers import fitting
 from diffusers_ext.oracles import GaussianDenoiser, GaussianMixtureDenoiser, convergence_order, sampler_error
 from diffusers_ext.schedulers._exponential import Point, combine, difference_weights, step_weights
 
