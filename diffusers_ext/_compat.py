@@ -107,6 +107,21 @@ def detach_hook(module: nn.Module, name: str) -> None:
         del module.__dict__["_diffusers_hook"]
 
 
+def block_output_order(block: type) -> tuple[str, str] | None:
+    """Names of the two states that a transformer block returns, in order, where diffusers' registry knows its class."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    TransformerBlockRegistry._register()
+    for cls in block.__mro__:
+        metadata = TransformerBlockRegistry._registry.get(cls)
+        if metadata is not None:
+            if metadata.return_encoder_hidden_states_index is None:
+                return None
+            names = metadata.hidden_states_argument_name, metadata.encoder_hidden_states_argument_name
+            return names if metadata.return_hidden_states_index == 0 else names[::-1]
+    return None
+
+
 def has_hook(module: nn.Module, name: str) -> bool:
     """Whether hook `name` is registered, and a call of `module` still goes through its registry's hooks.
 

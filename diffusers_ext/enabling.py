@@ -244,16 +244,16 @@ def _progress_bar(pipe: Any, iterable: Any = None, total: int | None = None, **k
     bar = type(pipe).progress_bar(pipe, iterable, total, **kwargs)
     num_steps = len(iterable) if hasattr(iterable, "__len__") else total
     runs = [find_run(module, key) for module in _modules(pipe).values() for key in _records(module)]
-    return _Run(bar, [run for run in runs if run is not None], num_steps)
+    return _Run(bar, [run for run in runs if run is not None], num_steps, getattr(pipe, "scheduler", None))
 
 
 class _Run:
     """A pipeline's progress bar that also marks the run."""
 
-    def __init__(self, bar: Any, runs: list, num_steps: int | None) -> None:
+    def __init__(self, bar: Any, runs: list, num_steps: int | None, scheduler: Any) -> None:
         self._bar, self._runs = bar, runs
         for run in runs:
-            run.begin(num_steps)
+            run.begin(num_steps, scheduler)
 
     def _end(self) -> None:
         for run in self._runs:

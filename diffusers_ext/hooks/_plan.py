@@ -1,8 +1,8 @@
 """The plan of what is computed when: one clock a denoiser, one action a module and step.
 
 A cache method says which *mode* each step has (`CachePlan.mode`, for example "full" or "cached") and what each hooked
-module does in each mode (`Action`). Everything else is here: counting steps, noticing a new run, keeping what is stored
-apart by cache context, freeing it at the end of a run.
+module does in each mode (`Action`; blocks of transformers: `_blocks`). Everything else is here: counting steps, noticing a
+new run, keeping what is stored apart by cache context, freeing it at the end of a run.
 
 Steps are counted on a child module that runs once in every forward, never on the root: accelerate's offloading drops a
 root hook that was registered after it. The counter is the one graph break under `torch.compile`; the hooks branch on the
@@ -12,6 +12,7 @@ mode alone, so a compiled model has one graph a mode, whatever the number of ste
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -37,15 +38,35 @@ class Action(enum.Enum):
     PASS = "pass"
 
 
-class CachePlan(Protocol):
-    """When each mode applies."""
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser, as a plan sees it before it decides.
 
-    def mode(self, step: int, num_steps: int | None) -> str:
-        """Mode of denoiser call `step`, counted from 0; `num_steps` is the length of the run where a pipeline told it."""
+    Attributes:
+        step: counted from 0 in its run and cache context.
+        num_steps: length of the run, where a pipeline told it.
+        sample: first input of the module that the steps are counted on. Of the module that `sample_module` finds, it holds
+            the values of the model's input.
+        scheduler: of the pipeline that runs, where one does.
+        memory: kept for the plan until the run ends; empty at its first call.
+    """
+
+    step: int
+    num_steps: int | None
+    sample: torch.Tensor
+    scheduler: Any
+    memory: dict[str, Any]
+
+
+class CachePlan(Protocol):
+    """When each mode applies. A plan keeps what it learns in a run in `Call.memory`, never in itself."""
+
+    def mode(self, call: Call) -> str:
+        """Mode of a call."""
         ...
 
 
-class _Slot:
+class Slot:
     """What one module left behind: its output, or only the shapes of it."""
 
     def __init__(self) -> None:
@@ -65,7 +86,8 @@ class RunState(BaseState):
         self.mode = ""
         self.signature: tuple | None = None
         self.timestep: float | None = None
-        self.slots = [_Slot() for _ in range(self.num_slots)]
+        self.memory: dict[str, Any] = {}
+        self.slots = [Slot() for _ in range(self.num_slots)]
 
 
 class CacheRun:
@@ -75,21 +97,22 @@ class CacheRun:
         self.plan = plan
         self.num_slots = 0
         self.num_steps: int | None = None
+        self.scheduler: Any = None
         self.announced = False
         self.timesteps: Any = None
         self.state = RunState(0)
         self.manager = StateManager(RunState)
 
-    def begin(self, num_steps: int | None) -> None:
+    def begin(self, num_steps: int | None, scheduler: Any = None) -> None:
         """A pipeline starts a run of `num_steps` denoiser calls: forget everything, and trust it to say when it ends."""
         self.end()
-        self.num_steps, self.announced = num_steps, True
+        self.num_steps, self.scheduler, self.announced = num_steps, scheduler, True
 
     def end(self) -> None:
         """Forget everything; a run that nobody announced begins with the next call."""
         self.manager.reset()
         self.state, self.timesteps = RunState(0), None
-        self.num_steps, self.announced = None, False
+        self.num_steps, self.scheduler, self.announced = None, None, False
 
     @torch.compiler.disable
     def tick(self, sample: torch.Tensor) -> None:
@@ -104,7 +127,7 @@ class CacheRun:
             state.reset()
         state.signature, state.timestep = signature, timestep
         state.step += 1
-        state.mode = self.plan.mode(state.step, self.num_steps)
+        state.mode = self.plan.mode(Call(state.step, self.num_steps, sample, self.scheduler, state.memory))
         self.state, self.timesteps = state, None
 
     def _timestep(self) -> float | None:
@@ -115,17 +138,19 @@ class CacheRun:
 
 
 class _ClockHook(ModelHook):
-    """On the child whose first input is the noisy sample."""
+    """On a child that runs once a call, before all that is hooked. `timestep` is the argument that has it, if any has."""
 
     _is_stateful = True
 
-    def __init__(self, run: CacheRun) -> None:
+    def __init__(self, run: CacheRun, timestep: str | None = None) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.timestep = run, timestep
         self.manager = run.manager = StateManager(RunState, init_args=(run.num_slots,))
 
     def pre_forward(self, module, *args, **kwargs):
-        self.run.tick(args[0])
+        if self.timestep is not None:
+            self.run.timesteps = kwargs.get(self.timestep)
+        self.run.tick(first_input(args, kwargs))
         return args, kwargs
 
     def reset_state(self, module):
@@ -141,7 +166,7 @@ class _TimestepHook(ModelHook):
         self.run = run
 
     def pre_forward(self, module, *args, **kwargs):
-        self.run.timesteps = args[0]
+        self.run.timesteps = first_input(args, kwargs)
         return args, kwargs
 
 
@@ -167,7 +192,7 @@ class _ActionHook(ModelHook):
         slot = state.slots[self.slot]
         if action is Action.REUSE:
             return self._protect(slot.value)
-        first = args[0] if args else next(iter(kwargs.values()))
+        first = first_input(args, kwargs)
         if action is Action.PASS:
             return (first,) if isinstance(slot.shapes, list) else first
         return _placeholders(slot.shapes, first)
@@ -202,6 +227,11 @@ class _TrimHook(ModelHook):
         }
 
 
+def first_input(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _is_freeu_on(block: nn.Module) -> bool:
     return getattr(block, "b1", None) is not None
 
@@ -232,20 +262,35 @@ class PlanBuilder:
         self.root, self.key, self.run = root, f"diffusers_ext.{key}", CacheRun(plan)
         self._hooks: list[tuple[nn.Module, ModelHook, str]] = []
 
+    def slot(self) -> int:
+        """Number of a new place in `RunState.slots`."""
+        self.run.num_slots += 1
+        return self.run.num_slots - 1
+
+    def hook(self, name: str, hook: ModelHook) -> None:
+        """Module `name` has a hook of the method's own, which finds mode and slots in `run.state`."""
+        self._hooks.append((self.root.get_submodule(name), hook, self.key))
+
     def act(self, name: str, actions: dict[str, Action], consumer: nn.Module | None = None) -> None:
         """Module `name` does `actions[mode]`; `consumer` is the module that reads a reused output."""
-        hook = _ActionHook(self.run, actions, self.run.num_slots, consumer)
-        self.run.num_slots += 1
-        self._hooks.append((self.root.get_submodule(name), hook, self.key))
+        self.hook(name, _ActionHook(self.run, actions, self.slot(), consumer))
 
     def trim(self, name: str, mode: str, num_passed: int) -> None:
         """The first `num_passed` layers of up block `name` pass in `mode`."""
-        self._hooks.append((self.root.get_submodule(name), _TrimHook(self.run, mode, num_passed), self.key))
+        self.hook(name, _TrimHook(self.run, mode, num_passed))
 
-    def install(self, sample_module: str, timestep_module: str) -> CacheRun:
-        """Register everything; `sample_module` and `timestep_module` run once a call, before all that is hooked."""
-        self._hooks.append((self.root.get_submodule(timestep_module), _TimestepHook(self.run), self.key))
-        self._hooks.append((self.root.get_submodule(sample_module), _ClockHook(self.run), f"{self.key}.clock"))
+    def install(self, clock: str, timesteps: str) -> CacheRun:
+        """Register everything.
+
+        Args:
+            clock: module that runs once a call, before all that is hooked; of one that is hooked, it runs before that.
+            timesteps: module that runs before `clock`, with the timesteps as first input; or, of `clock` itself, the name
+                of an argument, as ":name".
+        """
+        argument = timesteps[1:] if timesteps.startswith(":") else None
+        if argument is None:
+            self.hook(timesteps, _TimestepHook(self.run))
+        self._hooks.append((self.root.get_submodule(clock), _ClockHook(self.run, argument), f"{self.key}.clock"))
         for module, hook, name in self._hooks:
             _compat.attach_hook(module, hook, name)
         _compat.announce_resets(self.root)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from ..enabling import HookConfig
-from ._plan import Action, PlanBuilder, uninstall
+from ._plan import Action, Call, PlanBuilder, uninstall
 
 # The parts of one layer of a block, in the order in which the block runs them.
 _LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
@@ -120,7 +120,8 @@ class _Plan:
     config: DeepCacheConfig
     _known: tuple[int, frozenset[int]] | None = None
 
-    def mode(self, step: int, num_steps: int | None) -> str:
+    def mode(self, call: Call) -> str:
+        step, num_steps = call.step, call.num_steps
         if self.config.schedule == "uniform":
             return _FULL if step % self.config.interval == 0 else _CACHED
         if num_steps is None:  # a model shared with a pipeline that DeepCache was not enabled on

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..enabling import HookConfig
 from ..models.velocity_refiner import VelocityRefiner, rotary_of_state, unsupported
-from ._plan import CacheRun, PlanBuilder, uninstall
+from ._plan import CacheRun, Call, PlanBuilder, uninstall
 
 _FULL, _REFINED = "full", "refined"
 _CONDITIONING, _ROTARY, _VELOCITY = range(3)  # slots of a run's state
@@ -102,12 +102,12 @@ def remove_flowturbo(pipe: Any) -> None:
 class _Plan:
     n_refiner: int
 
-    def mode(self, step: int, num_steps: int | None) -> str:
-        if num_steps is None:  # a model shared with a pipeline that FlowTurbo was not enabled on
+    def mode(self, call: Call) -> str:
+        if call.num_steps is None:  # a model shared with a pipeline that FlowTurbo was not enabled on
             raise ValueError(
                 "The last steps are refined, which needs their number: enable FlowTurbo on this pipeline too."
             )
-        return _REFINED if step >= max(1, num_steps - self.n_refiner) else _FULL
+        return _REFINED if call.step >= max(1, call.num_steps - self.n_refiner) else _FULL
 
 
 class _BlockHook(ModelHook):
@@ -162,17 +162,16 @@ class _VelocityHook(ModelHook):
 def _apply(transformer: nn.Module, config: FlowTurboConfig) -> None:
     refiner = VelocityRefiner.from_pretrained(config.refiner).eval().requires_grad_(False)
     builder = PlanBuilder(transformer, config.key, _Plan(config.n_refiner))
-    builder.run.num_slots = 3
+    for _ in (_CONDITIONING, _ROTARY, _VELOCITY):
+        builder.slot()
     blocks = [
-        block
+        f"{name}.{i}"
         for name in ("transformer_blocks", "single_transformer_blocks")
-        for block in getattr(transformer, name, [])
+        for i in range(len(getattr(transformer, name, [])))
     ]
-    hooks: list[tuple[nn.Module, ModelHook]] = [
-        (block, _BlockHook(builder.run, i == 0)) for i, block in enumerate(blocks)
-    ]
-    hooks.append((transformer.norm_out, _NormHook(builder.run)))  # type: ignore[arg-type]
-    hooks.append((transformer.proj_out, _VelocityHook(builder.run, refiner)))  # type: ignore[arg-type]
-    builder._hooks += [(module, hook, builder.key) for module, hook in hooks]
+    for i, name in enumerate(blocks):
+        builder.hook(name, _BlockHook(builder.run, i == 0))
+    builder.hook("norm_out", _NormHook(builder.run))
+    builder.hook("proj_out", _VelocityHook(builder.run, refiner))
     embedder = "x_embedder" if isinstance(transformer, FluxTransformer2DModel) else "pos_embed"
     builder.install(embedder, "time_text_embed")

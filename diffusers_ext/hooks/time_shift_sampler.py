@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import _compat
 from ..enabling import HookConfig
-from ._plan import CacheRun, _ClockHook, uninstall
+from ._plan import CacheRun, Call, _ClockHook, uninstall
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # First arguments of the denoisers that take timesteps of a beta schedule: U-Nets, and DiT.
@@ -212,9 +212,9 @@ class _Shift:
         self.idle = config.window < 2 or config.cutoff >= config.num_train_timesteps - 1
         self.measured = False
 
-    def mode(self, step: int, num_steps: int | None) -> str:
+    def mode(self, call: Call) -> str:
         """The first sample of a run is made by no sampler, and so is not shifted."""
-        return "stock" if self.idle or step == 0 else "shifted"
+        return "stock" if self.idle or call.step == 0 else "shifted"
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]

@@ -10,7 +10,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from diffusers_ext.enabling import HookConfig, disable, enable
-from diffusers_ext.hooks._plan import Action, PlanBuilder, uninstall
+from diffusers_ext.hooks._plan import Action, Call, PlanBuilder, uninstall
 
 from ._checks import check_number
 
@@ -29,8 +29,8 @@ class PlantedHookConfig(HookConfig):
     def __post_init__(self) -> None:
         check_number("interval", self.interval, 1, 1000, integer=True)
 
-    def mode(self, step: int, num_steps: int | None) -> str:
-        return "full" if step % self.interval == 0 else "cached"
+    def mode(self, call: Call) -> str:
+        return "full" if call.step % self.interval == 0 else "cached"
 
     @classmethod
     def supports(cls, module: nn.Module) -> str | None:
