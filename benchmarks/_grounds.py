@@ -302,7 +302,7 @@ class PictureGround(Ground):
         what: dict[str, Any] = {
             "model": self.zoo.name, "weights": weights(self.zoo.name), "units": self.units, "steps": steps,
             "guidance_scale": self.guidance_scale, "options": dict(variant.options),
-            "scheduler": type(scheduler).__qualname__, "config": dict(scheduler.config),
+            "scheduler": type(scheduler).__qualname__, "config": {name: value for name, value in scheduler.config.items() if not name.startswith("_")},
             "sources": [proofs.source_hash(name) for name in (__name__, ours) if name.startswith(("benchmarks.", "diffusers_ext."))],
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
         }  # fmt: skip

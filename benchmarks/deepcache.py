@@ -135,6 +135,31 @@ def overheads(recorder: Recorder) -> None:
         )  # fmt: skip
 
 
+@BENCHMARK.part("full_plan_time", "full_plan_not_slower", minutes=1)
+def full_plan(recorder: Recorder) -> None:
+    """Time of a run with all hooks on and a plan that computes everything, over that of the same run without hooks."""
+    unet = avatars_unet()
+    torch.set_num_threads(TIMING["threads"])
+    hooked = dx.enable(copy.deepcopy(unet), dx.DeepCacheConfig(interval=1, branch=BRANCH))
+    runs = {name: denoiser_run(model, TIMING["steps"], 8) for name, model in (("plain", unet), ("hooked", hooked))}
+    result = time_ratio(runs, baseline="plain", repeats=2 * TIMING["rounds"])
+    ratio, spread = result["hooked"], result.noise.interval
+    recorder.claim(
+        "full_plan_time", "time of a run with a plan that computes everything over that of no hook, batch 8",
+        ratio.median, "x", ratio.interval,
+    )  # fmt: skip
+    recorder.claim(
+        "full_plan_not_slower",
+        "lower end of the interval of that ratio less the upper end of that of no hook against itself",
+        ratio.interval[0] - spread[1], "x", goal=("<=", 0.0),
+    )  # fmt: skip
+    recorder.table(
+        "a plan that computes everything",
+        ["no hook (s)", "hooked (s)", "ratio", "low", "high", "no hook again, low", "high "],
+        [[result.seconds["plain"], result.seconds["hooked"], ratio.median, *ratio.interval, *spread]],
+    )
+
+
 @BENCHMARK.part("compiled_speedup", "compiled_graphs_growth", minutes=3)
 def compiled(recorder: Recorder) -> None:
     torch.set_num_threads(SD_LIKE["threads"])
