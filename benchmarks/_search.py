@@ -194,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"there is no search {unknown}; there are {', '.join(SEARCHES)}")
     for name in names or [name for name in SEARCHES if name not in read()]:
         print(name, flush=True)
-        content = {**read(), name: SEARCHES[name].run(name)}
+        found = SEARCHES[name].run(name)
+        content = {**read(), name: found}  # read after the search: another process may have written meanwhile
         ordered = {known: content[known] for known in SEARCHES if known in content}
         FOUND.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
