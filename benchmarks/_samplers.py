@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,8 +271,8 @@ class _Study:
         return _plot.Panel("median error", series)
 
     def draw(self, title: str, stem: Path) -> list[Path]:
-        """Draw error against calls of what was measured last to `stem-NAME.png`."""
-        if not self._drawn:
+        """Draw error against calls of what was measured last to `stem-NAME.png`; one budget makes no line."""
+        if not self._drawn or len(self.calls) < 2:
             return []
         titles = {self._title(key): panel for key, panel in self._drawn.items()}
         figure = error_against_calls(title.partition(":")[0], titles, bold=len(self.variants))
@@ -444,7 +445,7 @@ def error_against_calls(title: str, panels: Mapping[str, _plot.Panel], bold: int
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(6 * len(panels), 5), dpi=120, layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 60 * len(panels)))
     colors, markers = colormaps["tab20"].colors, "osD^vPX*<>"  # type: ignore[attr-defined]
     for axes, (name, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (label, points) in enumerate(panel.series.items()):
