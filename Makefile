@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := diffusers_ext tests benchmarks
+CHECKED := diffusers_ext tests benchmarks examples
 KEY ?= --all
 COMMIT ?=
 
@@ -38,11 +38,14 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/diffusers-ext demo --output outputs/demo
 
+# A process a core, up to four, since each holds its own models; a file stays in one of them.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(CHECKED)

@@ -26,8 +26,8 @@ from .. import _compat
 from ._plan import CacheRun, PlanBuilder, Slot
 
 _TRUNK = re.compile(r"(\w+_)?(blocks|layers)")
-_ASIDE = re.compile(r"refiner|control|vace|adapter|caption|context_|injector|(^|_)(down|up|mid|motion)_")
-_TIMESTEP = ("timestep", "timesteps", "t")
+_ASIDE = re.compile(r"refiner|control|vace|adapter|caption|context_|injector|(^|_)(down|up|mid|motion|text|txt)_")
+_TIMESTEP = ("timestep", "timesteps", "t", "time")
 _SAMPLE = ("conv_in", "x_embedder", "img_in", "patch_embedding", "patch_embed", "pos_embed", "proj_in")
 
 
@@ -46,22 +46,23 @@ def block_lists(model: nn.Module) -> dict[str, list[str]]:
     """
     found = {}
     for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) and _TRUNK.fullmatch(name) and not _ASIDE.search(name):
-            first = [next(iter(_parameters(block)), "") for block in child]
-            if all(parameter in ("hidden_states", "x") for parameter in first):
-                found[name] = [f"{name}.{i}" for i in range(len(child))]
+        if not isinstance(child, nn.ModuleList) or not _TRUNK.fullmatch(name) or _ASIDE.search(name):
+            continue
+        if len(child) and all(len(_parameters(block)) > 1 for block in child):  # the states, and what else they need
+            found[name] = [f"{name}.{i}" for i in range(len(child))]
     return found
 
 
 def block_names(model: nn.Module) -> list[str]:
     """Names of all blocks of the trunk in the order in which they run; spatial and temporal blocks take turns."""
     lists = list(block_lists(model).values())
-    if _take_turns(model):
+    if take_turns(model):
         return [name for pair in zip(*lists, strict=True) for name in pair]
     return [name for names in lists for name in names]
 
 
-def _take_turns(model: nn.Module) -> bool:
+def take_turns(model: nn.Module) -> bool:
+    """Whether spatial and temporal blocks, in a list each, run in turns, on states of different shapes."""
     lists = block_lists(model)
     return len(lists) == 2 and any("temporal" in name for name in lists) and len({*map(len, lists.values())}) == 1
 
@@ -87,7 +88,9 @@ def _timesteps(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if not name or any(name == block or name.startswith(f"{block}.") for block in names):
             continue
-        if isinstance(module, Timesteps) or (_parameters(module) or [""])[0] in _TIMESTEP:
+        takes = (_parameters(module) or [""])[0]
+        fourier = name.rpartition(".")[2] == "time_proj" and not isinstance(module, nn.Linear)
+        if isinstance(module, Timesteps) or takes in _TIMESTEP or fourier:
             return name
     for parameter in _TIMESTEP:
         if parameter in _parameters(model.get_submodule(names[0])):
@@ -110,8 +113,9 @@ def groups_of(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
     Each is a group of its own where a model reads what comes out of single blocks (long skip connections), or where
     blocks of two lists take turns.
     """
-    chosen = [name for name in block_names(model) if name in set(names)]
-    alone = _take_turns(model) or any("skip" in _parameters(model.get_submodule(name)) for name in chosen)
+    wanted = set(names)
+    chosen = [name for name in block_names(model) if name in wanted]
+    alone = take_turns(model) or any("skip" in _parameters(model.get_submodule(name)) for name in chosen)
     groups: list[list[str]] = []
     for name in chosen:
         parent, _, number = name.rpartition(".")
@@ -278,6 +282,8 @@ class _BlockHook(ModelHook):
             return output
         states = {name: inputs[name] for name in self.streams.roles}
         left_out = self.out[state.mode]
+        if not states or (left_out is not None and state.slots[left_out.slot].value is None):
+            raise RuntimeError(f"The plan leaves block {self.name!r} out before a full step.")
         if left_out is not None and self.name == left_out.last:
             deltas = left_out.deltas(state.slots)
             for name, value in states.items():

@@ -1,0 +1,255 @@
+"""Quality against cost as curves: a cache beside those of other people, each with a range of settings.
+
+    BENCHMARK.add(Frontier("fashion-dit", 20, {"N2": Variant("N = 2", [config])}, guidance_scale=4.0, minutes=9))
+
+All make the same pictures from the same seeds with the same number of steps. Cost is multiply-accumulates of the denoiser,
+counted in the runs that are compared, so that of a cache which decides by the batch it is the cost of that batch. A claim is
+how much nearer to the plain run a variant comes than the best peer at equal cost: the error of a peer is taken, picture by
+picture, between the two of its settings that cost a little less and a little more, on a logarithmic scale, and the peer
+with the least mean error counts. Runs of peers are kept on disk and made once for all papers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from tqdm.auto import tqdm
+
+from benchmarks import _plot
+from benchmarks._bench import OUTPUT, Selection
+from benchmarks._cache_peers import peers
+from benchmarks._quality import RMSE_TOLERANCE, Variant
+from benchmarks._quality import _called_by as called_by
+from benchmarks._record import Recorder, Samples
+from benchmarks._zoo import ZooModel, weights
+from diffusers_ext import proofs
+from diffusers_ext.metrics import bootstrap_interval, rmse
+
+_PACKAGES = ("torch", "diffusers", "cache-dit")
+
+
+class MacCounter(TorchDispatchMode):
+    """Multiply-accumulates inside, as `count_macs`, also of models whose modules hold each other, as cache-dit's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if (flops := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += flops(*args, **(kwargs or {}), out_val=output) // 2
+        return output
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one setting made.
+
+    Attributes:
+        macs: multiply-accumulates of the denoiser a picture.
+        errors: root mean square error of each picture to the plain run, `(n,)`.
+    """
+
+    macs: float
+    errors: np.ndarray
+
+
+def at_cost(curve: Sequence[Made], macs: float) -> np.ndarray | None:
+    """Error of each picture that a curve of settings has at a cost, or None outside of what it spans.
+
+    Between two settings the logarithm of the error is linear in the cost.
+    """
+    points = sorted(curve, key=lambda made: made.macs)
+    for low, high in itertools.pairwise(points):
+        if low.macs <= macs <= high.macs:
+            share = 0.0 if high.macs == low.macs else (macs - low.macs) / (high.macs - low.macs)
+            return np.exp((1 - share) * np.log(low.errors) + share * np.log(high.errors))
+    return None
+
+
+class Frontier:
+    """A part of a benchmark; see the module. Claims are named `NAME_LABEL_over_best_peer`.
+
+    Args:
+        model: checkpoint of the zoo.
+        steps: of all runs.
+        variants: label -> variant. Each costs less than the dearest and more than the cheapest setting of some peer.
+        guidance_scale: of classifier-free guidance.
+        pictures: how many.
+        minutes: that it takes on two idle cores.
+        name: begins the names of claims, settings, tables and drawings; "frontier_MODEL" unless given.
+        zoo: gives the checkpoint by name.
+        cache: folder of runs of peers.
+
+    Raises:
+        ValueError: there is no variant.
+    """
+
+    quick = False  # peers decide by the batch, so that a few of the pictures would be others
+
+    def __init__(
+        self,
+        model: str,
+        steps: int,
+        variants: Mapping[str, Variant],
+        *,
+        guidance_scale: float,
+        pictures: int = 64,
+        minutes: float,
+        name: str = "",
+        zoo: Callable[[str], ZooModel] = ZooModel,
+        cache: Path = OUTPUT / "cache",
+    ) -> None:
+        if not variants:
+            raise ValueError("`variants` is empty; there is nothing to compare.")
+        self.model, self.steps, self.variants = model, steps, dict(variants)
+        self.guidance_scale, self.pictures, self.minutes = guidance_scale, pictures, minutes
+        self.name, self.zoo, self.cache = name or f"frontier_{model}", zoo, cache
+        self._panels: list[_plot.Panel] = []
+
+    def _claim(self, label: str) -> str:
+        return f"{self.name}_{label}_over_best_peer"
+
+    @property
+    def claims(self) -> list[str]:
+        return [self._claim(label) for label in self.variants]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            self.name: {
+                "model": self.model, "weights": weights(self.model), "steps": self.steps,
+                "guidance_scale": self.guidance_scale, "pictures": self.pictures,
+                "variants": {label: variant.settings() for label, variant in self.variants.items()},
+            }
+        }  # fmt: skip
+
+    @property
+    def seeds(self) -> dict[str, Any]:
+        return {self.name: list(range(self.pictures))}
+
+    def measure(self, recorder: Recorder, selection: Selection | None) -> None:
+        """Make the pictures and add the claims and a table of all settings.
+
+        Raises:
+            ValueError: a variant is dearer or cheaper than all settings of every peer, so that nothing has its cost.
+        """
+        runs = _Runs(self)
+        rivals = peers(self.model, self.steps, self.guidance_scale)
+        total = len(self.variants) + sum(map(len, rivals.values()))
+        with tqdm(total=total, desc=self.name, unit="run", leave=False) as bar:
+            ours = {}
+            for label, variant in self.variants.items():
+                ours[label] = runs.make(variant)
+                bar.update()
+            curves: dict[str, dict[str, Made]] = {}
+            for peer, curve in rivals.items():
+                for setting, variant in curve.items():
+                    curves.setdefault(peer, {})[setting] = runs.kept(peer, variant)
+                    bar.update()
+        title = recorder.row.title.partition(":")[0]
+        rows = []
+        for label, made in ours.items():
+            found = {peer: at_cost(list(curve.values()), made.macs) for peer, curve in curves.items()}
+            there = {peer: errors for peer, errors in found.items() if errors is not None}
+            if not there:
+                raise ValueError(f"`variants`: {label!r} costs {made.macs:.4g}, and no peer has settings about that.")
+            best = min(there, key=lambda peer: float(there[peer].mean()))
+            columns = {"ours": made.errors.tolist(), "theirs": there[best].tolist()}
+            recorder.paired(
+                self._claim(label),
+                f"{self.model}: PSNR to the plain run above that of {best}, the best peer, at equal cost, {title}, "
+                f"{self.variants[label].title}",
+                Samples("psnr_gain", columns, RMSE_TOLERANCE, counts={"macs": made.macs}),
+                "dB",
+                (">=", 0.0),
+            )
+            rows.append(self._row(title, self.variants[label].title, made, runs.full_macs))
+        for peer, curve in curves.items():
+            rows += [self._row(peer, setting, made, runs.full_macs) for setting, made in curve.items()]
+        columns_ = ["cache", "setting", "cost over the plain run", "RMSE", "low", "high"]
+        recorder.table(f"{self.name}: all settings", columns_, rows)
+        series = {title: list(zip([v.title for v in self.variants.values()], ours.values(), strict=True))}
+        series |= {peer: list(curve.items()) for peer, curve in curves.items()}
+        points = {
+            name: [
+                _plot.Point(made.macs / runs.full_macs, float(made.errors.mean()), bootstrap_interval(made.errors, np.mean), label)
+                for label, made in entries
+            ]
+            for name, entries in series.items()
+        }  # fmt: skip
+        self._panels = [_plot.Panel("RMSE to the plain run", points)]
+
+    @staticmethod
+    def _row(name: str, setting: str, made: Made, full: float) -> list[Any]:
+        return [name, setting, made.macs / full, float(made.errors.mean()), *bootstrap_interval(made.errors, np.mean)]
+
+    def draw(self, title: str, stem: Path) -> list[Path]:
+        """Draw error against cost of what was measured last to `stem-NAME.png`."""
+        if not self._panels:
+            return []
+        figure = _plot.quality_against_cost(
+            f"{title.partition(':')[0]}, {self.model}, {self.steps} steps", "cost over the plain run", self._panels
+        )
+        figure.axes[0].set_yscale("log")
+        return [_plot.save(figure, stem.with_name(f"{stem.name}-{self.name}.png"))]
+
+
+class _Runs:
+    """Runs of one study; the plain one is the first."""
+
+    def __init__(self, study: Frontier) -> None:
+        self.study, self.zoo = study, study.zoo(study.model)
+        self.conditions = self.zoo.conditions(study.pictures)
+        self._plain: np.ndarray | None = None
+        self._plain, self.full_macs = self._generate(Variant())
+
+    def make(self, variant: Variant) -> Made:
+        pictures, macs = self._generate(variant)
+        return Made(macs, rmse(pictures, self._plain).double().numpy())
+
+    def kept(self, peer: str, variant: Variant) -> Made:
+        """As `make`, from the disk where it is there."""
+        study = self.study
+        key = {
+            "frontier": proofs.source_hash("benchmarks._cache_peers"), "weights": weights(study.model),
+            "what": [peer, variant.title, study.steps, study.guidance_scale, study.pictures],
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        file = study.cache / f"frontier-{digest}.npz"
+        if not file.is_file():
+            made = self.make(variant)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            aside = file.with_name(f".{os.getpid()}.{file.name}")
+            np.savez(aside, macs=made.macs, errors=made.errors)
+            os.replace(aside, file)
+        with np.load(file, allow_pickle=False) as content:
+            return Made(float(content["macs"]), content["errors"])
+
+    def _generate(self, variant: Variant) -> tuple[np.ndarray, float]:
+        study, units = self.study, list(range(self.study.pictures))
+        counter = MacCounter()
+
+        def counted(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with counter, sdpa_kernel(SDPBackend.MATH):
+                return forward(*args, **kwargs)
+
+        with variant.on(self.zoo.pipe) as pipe, called_by(self.zoo.denoiser(pipe), counted):
+            pictures = self.zoo.generate(
+                pipe, self.conditions, units, variant.steps or study.steps, study.guidance_scale, **variant.options
+            )
+        return pictures, counter.total / len(units)
