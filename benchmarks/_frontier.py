@@ -80,6 +80,14 @@ def at_cost(curve: Sequence[Made], macs: float) -> np.ndarray | None:
     return None
 
 
+def _version(package: str) -> str | None:
+    """None where it is not installed: runs of the other peers need it not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 class Frontier:
     """A part of a benchmark; see the module. Claims are named `NAME_LABEL_over_best_peer`.
 
@@ -227,7 +235,7 @@ class _Runs:
         key = {
             "frontier": proofs.source_hash("benchmarks._cache_peers"), "weights": weights(study.model),
             "what": [peer, variant.title, study.steps, study.guidance_scale, study.pictures],
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "versions": {name: _version(name) for name in _PACKAGES},
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         file = study.cache / f"frontier-{digest}.npz"
