@@ -30,8 +30,7 @@ from tqdm.auto import tqdm
 from benchmarks import _plot
 from benchmarks._bench import OUTPUT, Selection
 from benchmarks._cache_peers import peers
-from benchmarks._quality import RMSE_TOLERANCE, Variant
-from benchmarks._quality import _called_by as called_by
+from benchmarks._quality import RMSE_TOLERANCE, Variant, called_by
 from benchmarks._record import Recorder, Samples
 from benchmarks._zoo import ZooModel, weights
 from diffusers_ext import proofs

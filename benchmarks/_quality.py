@@ -103,7 +103,7 @@ class Cost:
 
 
 @contextlib.contextmanager
-def _called_by(denoiser: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+def called_by(denoiser: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
     """Inside, `denoiser(...)` is `call(forward, ...)`."""
     forward, own = denoiser.forward, "forward" in vars(denoiser)
     denoiser.forward = functools.wraps(forward)(functools.partial(call, forward))
@@ -125,7 +125,7 @@ def denoiser_cost(denoiser: nn.Module, run: Callable[[], Any]) -> Cost:
         macs.append(count_macs(lambda: outputs.append(forward(*args, **kwargs))))
         return outputs[0]
 
-    with _called_by(denoiser, counted):
+    with called_by(denoiser, counted):
         run()
     return Cost(len(macs), sum(macs))
 
@@ -399,7 +399,7 @@ class _Runs:
             calls += 1
             return forward(*args, **kwargs)
 
-        with variant.on(self.zoo.pipe) as pipe, _called_by(self.zoo.denoiser(pipe), counted):
+        with variant.on(self.zoo.pipe) as pipe, called_by(self.zoo.denoiser(pipe), counted):
             pictures = self._generate(pipe, variant, self.units, steps)
         cost = self._cost(variant, steps, _per(calls, math.ceil(len(self.units) / BATCH)))
         compared = pictures if self._reference is None else self._reference

@@ -184,3 +184,20 @@ def _fingerprint(pipe: StableDiffusionPipeline) -> list[Any]:
                 hooks = len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module)
                 marks.append((key, type(module), type(getattr(module, "processor", None)), hooks))
     return marks
+
+
+@pytest.fixture
+def tiny(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """The avatars pipeline with a random denoiser of 20,000 weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = pipe.unet.config
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel(
+        sample_size=config.sample_size, in_channels=config.in_channels, out_channels=config.out_channels,
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=config.cross_attention_dim, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    return pipe

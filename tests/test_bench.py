@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -156,20 +156,6 @@ def test_shares_agree_with_the_judge_of_avatars(tiny):
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny(pipe):
-    """The avatars pipeline with a random denoiser of 20,000 weights."""
-    config = pipe.unet.config
-    torch.manual_seed(0)
-    pipe.unet = UNet2DConditionModel(
-        sample_size=config.sample_size, in_channels=config.in_channels, out_channels=config.out_channels,
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        cross_attention_dim=config.cross_attention_dim, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
-    return pipe
 
 
 def test_held_out_captions_are_distinct_and_of_no_trained_picture():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 import diffusers_ext as dx
 from benchmarks import _frontier
@@ -40,19 +39,11 @@ def test_the_counter_counts_as_the_metric_and_modules_that_hold_each_other():
 
 
 @pytest.fixture
-def study(pipe, tmp_path, monkeypatch):
+def study(tiny, tmp_path, monkeypatch):
     """DeepCache on a random U-Net of the avatars, with fewer steps as the only peer."""
-    config = pipe.unet.config
-    torch.manual_seed(0)
-    pipe.unet = UNet2DConditionModel(
-        sample_size=config.sample_size, in_channels=config.in_channels, out_channels=config.out_channels,
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        cross_attention_dim=config.cross_attention_dim, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
     peers = {"fewer steps": {f"{n}": Variant(f"{n}", steps=n) for n in (2, 3, 5)}}
     monkeypatch.setattr(_frontier, "peers", lambda *args: peers)
-    zoo = ZooModel("avatars-sd", pipe)
+    zoo = ZooModel("avatars-sd", tiny)
 
     def make(**settings):
         return Frontier(

@@ -13,7 +13,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.configuration_utils import FrozenDict
 from rich.console import Console
@@ -43,20 +42,6 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(proofs, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(_bench, "OUTPUT", tmp_path / "bench")
     return tmp_path / "results"
-
-
-@pytest.fixture
-def tiny(pipe):
-    """The avatars pipeline with a random denoiser of 20,000 weights."""
-    config = pipe.unet.config
-    torch.manual_seed(0)
-    pipe.unet = UNet2DConditionModel(
-        sample_size=config.sample_size, in_channels=config.in_channels, out_channels=config.out_channels,
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        cross_attention_dim=config.cross_attention_dim, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
-    return pipe
 
 
 def benchmark(*parts) -> Benchmark:

@@ -2,8 +2,8 @@
 
 A *group* is a range of blocks that run one after the other. On a full step its *delta* is stored, what its blocks add to the
 states together. On a step that leaves the group out, its blocks pass their inputs on and the last of them adds the delta: the
-states of the step itself still go through, with all that the model adds between blocks. Blocks that only pass (`LEAVE`) add
-nothing.
+states of the step itself still go through, with all that the model adds between blocks. Blocks whose output nothing reads are left
+out without a delta.
 
 Everything is found from the structure of a model: lists of blocks from its children, the states from the arguments of a
 block that come out of it again.
@@ -34,7 +34,7 @@ _SAMPLE = ("conv_in", "x_embedder", "img_in", "patch_embedding", "patch_embed", 
 # --- structure -------------------------------------------------------------------------------------------------------
 
 
-def _parameters(module: nn.Module) -> list[str]:
+def forward_parameters(module: nn.Module) -> list[str]:
     """Names of the arguments of a module's own `forward`, whatever wraps it now."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
@@ -48,7 +48,9 @@ def block_lists(model: nn.Module) -> dict[str, list[str]]:
     for name, child in model.named_children():
         if not isinstance(child, nn.ModuleList) or not _TRUNK.fullmatch(name) or _ASIDE.search(name):
             continue
-        if len(child) and all(len(_parameters(block)) > 1 for block in child):  # the states, and what else they need
+        if len(child) and all(
+            len(forward_parameters(block)) > 1 for block in child
+        ):  # the states, and what else they need
             found[name] = [f"{name}.{i}" for i in range(len(child))]
     return found
 
@@ -88,12 +90,12 @@ def _timesteps(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if not name or any(name == block or name.startswith(f"{block}.") for block in names):
             continue
-        takes = (_parameters(module) or [""])[0]
+        takes = (forward_parameters(module) or [""])[0]
         fourier = name.rpartition(".")[2] == "time_proj" and not isinstance(module, nn.Linear)
         if isinstance(module, Timesteps) or takes in _TIMESTEP or fourier:
             return name
     for parameter in _TIMESTEP:
-        if parameter in _parameters(model.get_submodule(names[0])):
+        if parameter in forward_parameters(model.get_submodule(names[0])):
             return f":{parameter}"
     return None
 
@@ -102,7 +104,12 @@ def sample_module(model: nn.Module) -> str | None:
     """The child whose first input holds the values of the model's noisy input, in any order; None where none is known."""
     for name in _SAMPLE:
         child = getattr(model, name, None)
-        if isinstance(child, nn.Module) and _parameters(child)[:1] in (["x"], ["hidden_states"], ["latent"], ["input"]):
+        if isinstance(child, nn.Module) and forward_parameters(child)[:1] in (
+            ["x"],
+            ["hidden_states"],
+            ["latent"],
+            ["input"],
+        ):
             return name
     return None
 
@@ -115,7 +122,7 @@ def groups_of(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
     """
     wanted = set(names)
     chosen = [name for name in block_names(model) if name in wanted]
-    alone = take_turns(model) or any("skip" in _parameters(model.get_submodule(name)) for name in chosen)
+    alone = take_turns(model) or any("skip" in forward_parameters(model.get_submodule(name)) for name in chosen)
     groups: list[list[str]] = []
     for name in chosen:
         parent, _, number = name.rpartition(".")
@@ -141,7 +148,7 @@ class Streams:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = type(block).__name__
-        self._parameters = _parameters(block)
+        self._parameters = forward_parameters(block)
         self.main = self._parameters[0]
         self._order = _compat.block_output_order(type(block))
         self._roles: list[str] | None = None
@@ -322,15 +329,14 @@ class BlockPlan:
                 if group is not None and group not in hook.groups:
                     hook.groups.append(group)
 
-    def install(self, clock: str | None = None) -> CacheRun:
-        """Register everything; steps are counted on the first block, or on `clock`, which runs before it."""
+    def install(self) -> CacheRun:
+        """Register everything; steps are counted on the first block."""
         root = self.builder.root
         for name, hook in self._hooks.items():
             self.builder.hook(name, hook)
-        first = block_names(root)[0]
         timesteps = _timesteps(root)
         assert timesteps is not None  # `unsupported` says so before
-        return self.builder.install(clock or first, timesteps)
+        return self.builder.install(block_names(root)[0], timesteps)
 
     def _group(self, names: Sequence[str], order: int) -> _Group:
         key = (tuple(names), order)

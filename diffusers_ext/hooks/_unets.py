@@ -11,7 +11,6 @@ step gets its part of the prediction. Nothing here is about classifier-free guid
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
+from ._blocks import forward_parameters
 from ._plan import Action, CacheRun, Call, PlanBuilder, _ActionHook, first_input
 
 FULL, DECODER, PART = "full", "decoder", "part"
@@ -27,10 +27,6 @@ _EMBEDDINGS = ("class_embedding", "add_embedding", "fps_embedding")
 
 
 # --- structure -------------------------------------------------------------------------------------------------------
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -42,7 +38,7 @@ def unsupported(model: nn.Module) -> str | None:
     wanted = {"down_blocks": ["hidden_states"], "up_blocks": ["hidden_states", "res_hidden_states_tuple"]}
     for name, first in wanted.items():
         for block in getattr(model, name):
-            found = _parameters(block)
+            found = forward_parameters(block)
             if found[: len(first)] != first or "skip_sample" in found:
                 return f"its block {type(block).__name__} takes other inputs than {' and '.join(first)}"
     return None
@@ -184,7 +180,7 @@ class _EncoderHook(_ActionHook):
 
     def __init__(self, run: CacheRun, actions: dict[str, Action], slot: int, module: nn.Module) -> None:
         super().__init__(run, actions, slot, None)
-        self.names = _parameters(module)
+        self.names = forward_parameters(module)
 
     def pre_forward(self, module, *args, **kwargs):
         copies = _copies(self.run)
@@ -215,7 +211,7 @@ class _DecoderHook(ModelHook):
 
     def __init__(self, run: CacheRun, slot: int, module: nn.Module, is_first: bool) -> None:
         super().__init__()
-        self.run, self.slot, self.is_first, self.names = run, slot, is_first, _parameters(module)
+        self.run, self.slot, self.is_first, self.names = run, slot, is_first, forward_parameters(module)
         self.stored = ("hidden_states", "res_hidden_states_tuple") if is_first else ("res_hidden_states_tuple",)
 
     def new_forward(self, module, *args, **kwargs):

@@ -7,7 +7,6 @@ starts at 0. No code was published; the formula is a reconstruction.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
-from ..hooks._blocks import Streams, block_names, take_turns, unsupported
+from ..hooks._blocks import Streams, block_names, forward_parameters, take_turns, unsupported
 
 
 class InnerLoopFeedback(ModelMixin, ConfigMixin):
@@ -115,7 +114,7 @@ def no_feedback(transformer: nn.Module) -> str | None:
     if take_turns(transformer):
         return "its spatial and temporal blocks take turns, on states of different shapes"
     names = block_names(transformer)
-    if any("skip" in inspect.signature(type(transformer.get_submodule(name)).forward).parameters for name in names):
+    if any("skip" in forward_parameters(transformer.get_submodule(name)) for name in names):
         return "its late blocks read what comes out of early ones"
     for name in names:
         block = transformer.get_submodule(name)
