@@ -29,7 +29,7 @@ from diffusers_ext import proofs
 from diffusers_ext.schedulers._model_statistics import weight_marks
 
 ORACLE: dict[str, Any] = {"samples": 1024, "num_lambdas": 120}
-ZOO: dict[str, Any] = {"samples": 192, "num_lambdas": 60, "sample_steps": 20, "batch_size": 32}
+ZOO: dict[str, Any] = {"samples": 96, "num_lambdas": 60, "sample_steps": 20, "batch_size": 32}
 SEED, THIRD = 1000, 9.54
 FLUX: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 32}
 BENCHMARK = Benchmark("dpm_solver_v3", settings={"statistics": {"oracle": ORACLE, "zoo": ZOO, "seed": SEED}})
@@ -122,7 +122,7 @@ for study, problems, guided in (
             minutes=4,
         )
     )
-for model, scale, minutes in (("avatars-sd", 3.0, 30), ("fashion-ddpm", None, 20), ("avatars-flow", 3.0, 30)):
+for model, scale, minutes in (("avatars-sd", 3.0, 18), ("fashion-ddpm", None, 12), ("avatars-flow", 3.0, 18)):
     part = TrajectoryStudy(
         model, scale, variants(functools.partial(of_the_zoo, model, scale)),
         over=("dpm_solver_pp_2m", "unipc"), minutes=minutes,
