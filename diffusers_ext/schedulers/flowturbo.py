@@ -50,9 +50,11 @@ class FlowMatchPseudoCorrectorScheduler(FlowMatchEulerDiscreteScheduler):
         n_heun: number of Heun steps at the beginning; those over the number of steps have no effect. 1 calls the denoiser
             once a step. With as many as there are steps, all are Heun steps.
         stochastic_sampling: must be False: the corrector follows the ODE.
-        num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-            invert_sigmas, shift_terminal, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type: the
-            grid, as in `FlowMatchEulerDiscreteScheduler`.
+        num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift: of the grid, as in
+            `FlowMatchEulerDiscreteScheduler`.
+        base_image_seq_len, max_image_seq_len: likewise.
+        invert_sigmas, shift_terminal, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: likewise.
+        time_shift_type: likewise.
 
     Raises:
         ValueError: a value is out of range.
