@@ -40,7 +40,8 @@ def pictures(split: str, count: int) -> torch.Tensor:
 @functools.cache
 def table() -> dx.CalibratedDPMConfig:
     CACHE.mkdir(parents=True, exist_ok=True)
-    file = CACHE / f"calibration-{MODEL}-{proofs.source_hash('diffusers_ext.hooks.calibrated_dpm')[:16]}.safetensors"
+    source = proofs.source_hash("diffusers_ext.hooks.calibrated_dpm")[:16]
+    file = CACHE / f"calibration-{MODEL}-{TRAINING}-{source}.safetensors"
     clean = pictures("generator", TRAINING)
     pipe = ZooModel(MODEL).pipe
     return dx.calibrate(pipe, TRAINING, samples=clean, num_levels=LEVELS, batch_size=BATCH, seed=SEED, checkpoint=file)
