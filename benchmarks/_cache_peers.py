@@ -1,6 +1,6 @@
 """Caches of other people as `Variant`s: diffusers' own, and cache-dit's DBCache, each with a range of settings.
 
-They work on transformers only. Where a pipeline tells its transformer too little for them, it is told here: DiT's opens no
+They work on transformers only; a U-Net's peer is the DeepCache package. Where a pipeline tells its transformer too little for them, it is told here: DiT's opens no
 cache context, and none says which step it is, which SeaCache needs. MagCache's ratios are calibrated by its own calibration
 run, on other seeds. TaylorSeer keeps its factors in float32, since bfloat16, its default, is no better anywhere here.
 """
@@ -102,10 +102,10 @@ def mag_ratios(model: str, steps: int, guidance_scale: float) -> tuple[float, ..
 
 
 def _latents(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """What SeaCache looks at: packed latents as pictures, `(channels, height, width)` each."""
+    """What SeaCache looks at: packed latents as films of one frame, `(channels, 1, height, width)` each."""
     packed = kwargs["hidden_states"]
     side = math.isqrt(packed.shape[1])
-    return list(packed.mT.unflatten(2, (side, side)))
+    return list(packed.mT.unflatten(2, (1, side, side)))
 
 
 def _db_cache(model: str, threshold: float, taylor: bool = False) -> Variant:
@@ -129,12 +129,28 @@ def _db_cache(model: str, threshold: float, taylor: bool = False) -> Variant:
     return Variant(f"{threshold:g}", prepare=prepare)
 
 
+def _deepcache_package(interval: int) -> Variant:
+    def prepare(pipe: DiffusionPipeline) -> DiffusionPipeline:
+        from DeepCache import DeepCacheSDHelper
+
+        helper = DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=interval, cache_branch_id=0)
+        helper.enable()
+        return pipe
+
+    return Variant(f"N{interval}", prepare=prepare)
+
+
 def peers(model: str, steps: int, guidance_scale: float) -> dict[str, dict[str, Variant]]:
     """By name a curve of settings, from what changes little to what changes much.
 
     SeaCache is left out for DiT, whose scheduler has no noise levels to tell it. TaylorSeer's patterns miss the names of
     DiT's attention, so it is given them, and the feed-forward parts.
     """
+    fewer = [Variant(f"{n} of {steps}", steps=n) for n in sorted({steps * k // 20 for k in (4, 6, 8, 10, 12, 15, 18)})]
+    if model == "avatars-sd":
+        curves = {"DeepCache package": [_deepcache_package(n) for n in (2, 3, 5, 10)], "fewer steps": fewer}
+        return {name: {variant.title: variant for variant in curve} for name, curve in curves.items()}
     dit = model == "fashion-dit"
     taylor = functools.partial(
         TaylorSeerCacheConfig, taylor_factors_dtype=torch.float32,
@@ -149,7 +165,7 @@ def peers(model: str, steps: int, guidance_scale: float) -> dict[str, dict[str, 
         "SeaCache": [_upstream(f"{x:g}", SeaCacheConfig(threshold=x, raw_vision_callback=_latents)) for x in (0.1, 0.2, 0.3, 0.5)],
         "DBCache": [_db_cache(model, x) for x in (0.04, 0.08, 0.12, 0.24, 0.5)],
         "DBCache, TaylorSeer": [_db_cache(model, x, taylor=True) for x in (0.08, 0.12, 0.24, 0.5)],
-        "fewer steps": [Variant(f"{n} of {steps}", steps=n) for n in sorted({steps * k // 20 for k in (6, 8, 10, 12, 15)})],
+        "fewer steps": fewer,
     }  # fmt: skip
     if dit:
         del curves["SeaCache"]

@@ -11,15 +11,19 @@ with the least mean error counts. Runs of peers are kept on disk and made once f
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,16 +31,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
-from benchmarks import _plot
+from benchmarks import _cache_peers, _plot, _zoo
 from benchmarks._bench import OUTPUT, Selection
-from benchmarks._cache_peers import peers
 from benchmarks._quality import RMSE_TOLERANCE, Variant, called_by
 from benchmarks._record import Recorder, Samples
 from benchmarks._zoo import ZooModel, weights
 from diffusers_ext import proofs
 from diffusers_ext.metrics import bootstrap_interval, rmse
 
-_PACKAGES = ("torch", "diffusers", "cache-dit")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COST = "multiply-accumulates over those of the plain run"
+_PACKAGES = ("torch", "diffusers", "cache-dit", "DeepCache")
+_TICKS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.5, 2.0)
 
 
 class MacCounter(TorchDispatchMode):
@@ -69,9 +77,10 @@ class Made:
 def at_cost(curve: Sequence[Made], macs: float) -> np.ndarray | None:
     """Error of each picture that a curve of settings has at a cost, or None outside of what it spans.
 
-    Between two settings the logarithm of the error is linear in the cost.
+    Between two settings the logarithm of the error is linear in the cost. A setting that makes a picture of the plain run
+    is left out: its error has no logarithm.
     """
-    points = sorted(curve, key=lambda made: made.macs)
+    points = sorted((made for made in curve if made.errors.all()), key=lambda made: made.macs)
     for low, high in itertools.pairwise(points):
         if low.macs <= macs <= high.macs:
             share = 0.0 if high.macs == low.macs else (macs - low.macs) / (high.macs - low.macs)
@@ -87,6 +96,58 @@ def _version(package: str) -> str | None:
         return None
 
 
+def curves_against_cost(
+    title: str, panels: Mapping[str, Mapping[str, Sequence[_plot.Point]]], measure: str, bold: int, log: bool = True
+) -> Figure:
+    """Many curves, told apart by colour and mark: one panel for each kind of cost, which is its name.
+
+    Args:
+        title: of the whole figure.
+        panels: label of the axis of cost -> name of a curve -> its points. All panels have the same curves.
+        measure: label of the other axis.
+        bold: how many of the first curves to draw as solid lines; the others are dashed.
+        log: whether the axis of `measure` is logarithmic.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(6.5 * len(panels), 5.5), dpi=120, layout="constrained")
+    figure.suptitle(textwrap.fill(title, 60 * len(panels)))
+    colors, markers = colormaps["tab20"].colors, "osD^vPX*<>"  # type: ignore[attr-defined]
+    for axes, (cost, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, (name, points) in enumerate(curves.items()):
+            points = sorted(points, key=lambda point: point.cost)
+            ends = [
+                [abs(point.value - end) for point, end in zip(points, side, strict=True)]
+                for side in zip(*(point.interval for point in points), strict=True)
+            ]
+            axes.errorbar(
+                [point.cost for point in points], [point.value for point in points], yerr=ends, label=name,
+                linestyle="-" if i < bold else "--", color=colors[(2 * i + i // 10) % 20], capsize=2,
+                marker=markers[i % len(markers)], markersize=5, linewidth=1.8 if i < bold else 1.0,
+            )  # fmt: skip
+        axes.set(xlabel=cost, ylabel=measure, xscale="log", yscale="log" if log else "linear")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        costs = [point.cost for points in curves.values() for point in points]
+        low, high = min(costs) / 1.1, max(costs) * 1.1
+        axes.set_xlim(low, high)
+        axes.set_xticks([tick for tick in _TICKS if low <= tick <= high])
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+@functools.cache
+def _source_of_peers() -> str:
+    """Hash of what runs of peers follow from here. Not of all that is imported, which names the whole package."""
+    digest = hashlib.sha256()
+    for module in (_cache_peers, _zoo):
+        digest.update(proofs.canonical_dump(ast.parse(inspect.getsource(module))).encode())
+    return digest.hexdigest()
+
+
 class Frontier:
     """A part of a benchmark; see the module. Claims are named `NAME_LABEL_over_best_peer`.
 
@@ -95,8 +156,8 @@ class Frontier:
         steps: of all runs.
         variants: label -> variant. Each costs less than the dearest and more than the cheapest setting of some peer.
         guidance_scale: of classifier-free guidance.
-        pictures: how many.
-        minutes: that it takes on two idle cores.
+        pictures: how many; papers that name the same number share the runs of peers.
+        minutes: that it takes on two idle cores where the runs of peers are on disk. Those take about 8 more a model.
         name: begins the names of claims, settings, tables and drawings; "frontier_MODEL" unless given.
         zoo: gives the checkpoint by name.
         cache: folder of runs of peers.
@@ -114,7 +175,7 @@ class Frontier:
         variants: Mapping[str, Variant],
         *,
         guidance_scale: float,
-        pictures: int = 64,
+        pictures: int = 32,
         minutes: float,
         name: str = "",
         zoo: Callable[[str], ZooModel] = ZooModel,
@@ -125,7 +186,7 @@ class Frontier:
         self.model, self.steps, self.variants = model, steps, dict(variants)
         self.guidance_scale, self.pictures, self.minutes = guidance_scale, pictures, minutes
         self.name, self.zoo, self.cache = name or f"frontier_{model}", zoo, cache
-        self._panels: list[_plot.Panel] = []
+        self._curves: dict[str, list[_plot.Point]] = {}
 
     def _claim(self, label: str) -> str:
         return f"{self.name}_{label}_over_best_peer"
@@ -154,19 +215,13 @@ class Frontier:
         Raises:
             ValueError: a variant is dearer or cheaper than all settings of every peer, so that nothing has its cost.
         """
-        runs = _Runs(self)
-        rivals = peers(self.model, self.steps, self.guidance_scale)
-        total = len(self.variants) + sum(map(len, rivals.values()))
-        with tqdm(total=total, desc=self.name, unit="run", leave=False) as bar:
+        runs = Runs(self.model, self.steps, self.guidance_scale, self.pictures, self.zoo, self.cache)
+        with tqdm(total=len(self.variants), desc=self.name, unit="run", leave=False) as bar:
             ours = {}
             for label, variant in self.variants.items():
                 ours[label] = runs.make(variant)
                 bar.update()
-            curves: dict[str, dict[str, Made]] = {}
-            for peer, curve in rivals.items():
-                for setting, variant in curve.items():
-                    curves.setdefault(peer, {})[setting] = runs.kept(peer, variant)
-                    bar.update()
+        curves = runs.of_peers()
         title = recorder.row.title.partition(":")[0]
         rows = []
         for label, made in ours.items():
@@ -189,16 +244,14 @@ class Frontier:
             rows += [self._row(peer, setting, made, runs.full_macs) for setting, made in curve.items()]
         columns_ = ["cache", "setting", "cost over the plain run", "RMSE", "low", "high"]
         recorder.table(f"{self.name}: all settings", columns_, rows)
-        series = {title: list(zip([v.title for v in self.variants.values()], ours.values(), strict=True))}
-        series |= {peer: list(curve.items()) for peer, curve in curves.items()}
-        points = {
+        series = {title: ours.values()} | {peer: curve.values() for peer, curve in curves.items()}
+        self._curves = {
             name: [
-                _plot.Point(made.macs / runs.full_macs, float(made.errors.mean()), bootstrap_interval(made.errors, np.mean), label)
-                for label, made in entries
+                _plot.Point(made.macs / runs.full_macs, float(made.errors.mean()), bootstrap_interval(made.errors, np.mean))
+                for made in curve
             ]
-            for name, entries in series.items()
+            for name, curve in series.items()
         }  # fmt: skip
-        self._panels = [_plot.Panel("RMSE to the plain run", points)]
 
     @staticmethod
     def _row(name: str, setting: str, made: Made, full: float) -> list[Any]:
@@ -206,38 +259,78 @@ class Frontier:
 
     def draw(self, title: str, stem: Path) -> list[Path]:
         """Draw error against cost of what was measured last to `stem-NAME.png`."""
-        if not self._panels:
+        if not self._curves:
             return []
-        figure = _plot.quality_against_cost(
-            f"{title.partition(':')[0]}, {self.model}, {self.steps} steps", "cost over the plain run", self._panels
+        figure = curves_against_cost(
+            f"{title.partition(':')[0]}, {self.model}, {self.steps} steps",
+            {COST: self._curves},
+            "RMSE to the plain run",
+            1,
         )
-        figure.axes[0].set_yscale("log")
         return [_plot.save(figure, stem.with_name(f"{stem.name}-{self.name}.png"))]
 
 
-class _Runs:
-    """Runs of one study; the plain one is the first."""
+class Runs:
+    """Runs of one checkpoint at one number of steps and guidance scale, each with its distance to the plain run.
 
-    def __init__(self, study: Frontier) -> None:
-        self.study, self.zoo = study, study.zoo(study.model)
-        self.conditions = self.zoo.conditions(study.pictures)
-        self._plain: np.ndarray | None = None
+    Args:
+        model: checkpoint of the zoo.
+        steps: of all runs.
+        guidance_scale: of classifier-free guidance.
+        pictures: how many.
+        zoo: gives the checkpoint by name.
+        cache: folder of runs that are kept.
+
+    Attributes:
+        full_macs: multiply-accumulates of the plain run, a picture.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        steps: int,
+        guidance_scale: float,
+        pictures: int,
+        zoo: Callable[[str], ZooModel] = ZooModel,
+        cache: Path = OUTPUT / "cache",
+    ) -> None:
+        self.model, self.steps, self.guidance_scale, self.pictures = model, steps, guidance_scale, pictures
+        self.zoo, self.cache = zoo(model), cache
+        self.conditions = self.zoo.conditions(pictures)
         self._plain, self.full_macs = self._generate(Variant())
 
     def make(self, variant: Variant) -> Made:
+        """Pictures by a variant."""
         pictures, macs = self._generate(variant)
         return Made(macs, rmse(pictures, self._plain).double().numpy())
 
-    def kept(self, peer: str, variant: Variant) -> Made:
-        """As `make`, from the disk where it is there."""
-        study = self.study
-        key = {
-            "frontier": proofs.source_hash("benchmarks._cache_peers"), "weights": weights(study.model),
-            "what": [peer, variant.title, study.steps, study.guidance_scale, study.pictures],
-            "versions": {name: _version(name) for name in _PACKAGES},
+    def of_peers(self) -> dict[str, dict[str, Made]]:
+        """Name -> setting -> what each peer made, from the disk where it is there."""
+        source = _source_of_peers()
+        curves: dict[str, dict[str, Made]] = {}
+        rivals = _cache_peers.peers(self.model, self.steps, self.guidance_scale)
+        with tqdm(total=sum(map(len, rivals.values())), desc="Peers", unit="run", leave=False) as bar:
+            for peer, curve in rivals.items():
+                for setting, variant in curve.items():
+                    curves.setdefault(peer, {})[setting] = self.kept(
+                        variant, {"peer": peer, "setting": setting, "source": source}
+                    )
+                    bar.update()
+        return curves
+
+    def kept(self, variant: Variant, key: Mapping[str, Any]) -> Made:
+        """As `make`, from the disk where it is there.
+
+        Args:
+            variant: the way.
+            key: plain values that it follows from, besides steps, guidance, pictures, weights and versions.
+        """
+        whole = {
+            **key, "what": [self.steps, self.guidance_scale, self.pictures],
+            "weights": weights(self.model), "versions": {name: _version(name) for name in _PACKAGES},
         }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        file = study.cache / f"frontier-{digest}.npz"
+        digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+        file = self.cache / f"frontier-{digest}.npz"
         if not file.is_file():
             made = self.make(variant)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +341,6 @@ class _Runs:
             return Made(float(content["macs"]), content["errors"])
 
     def _generate(self, variant: Variant) -> tuple[np.ndarray, float]:
-        study, units = self.study, list(range(self.study.pictures))
         counter = MacCounter()
 
         def counted(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -257,6 +349,7 @@ class _Runs:
 
         with variant.on(self.zoo.pipe) as pipe, called_by(self.zoo.denoiser(pipe), counted):
             pictures = self.zoo.generate(
-                pipe, self.conditions, units, variant.steps or study.steps, study.guidance_scale, **variant.options
-            )
-        return pictures, counter.total / len(units)
+                pipe, self.conditions, range(self.pictures), variant.steps or self.steps, self.guidance_scale,
+                **variant.options,
+            )  # fmt: skip
+        return pictures, counter.total / self.pictures

@@ -5,7 +5,8 @@
 
 Settings were fixed before measuring: those of the paper (20 steps, every second full, three quarters of the blocks,
 boundary at 12 of 20), the stages the other way round, and our continuation of the deltas. All of them, and one range
-alone, leave the same number of blocks out.
+alone, leave the same number of blocks out. The runs of other people's caches are shared with the benchmarks of the other
+caches: where they are not on disk yet, making them takes about 8 minutes a model more.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ for _name, (_model, _guidance_scale) in MODELS.items():
             name=_name,
         )
     )
-    BENCHMARK.add(Frontier(_model, STEPS, VARIANTS, guidance_scale=_guidance_scale, minutes=15))
+    BENCHMARK.add(Frontier(_model, STEPS, VARIANTS, guidance_scale=_guidance_scale, minutes=2))
 
 
 if __name__ == "__main__":

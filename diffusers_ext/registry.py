@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,95 +27,153 @@ FORMS = (
 
 # Public name -> module that defines it.
 LAZY_NAMES: dict[str, str] = {
+    "AGDAdapter": "diffusers_ext.models.agd",
     "ASCEDCallback": "diffusers_ext.hooks.asced",
+    "AbsorbingDiffusionScheduler": "diffusers_ext.schedulers.absorbing",
+    "AdaptiveBlockPolicy": "diffusers_ext.pipelines.adaptive_blocks",
     "AdaptiveDiffusionConfig": "diffusers_ext.hooks.adaptive_diffusion",
     "AdaptiveDiffusionStats": "diffusers_ext.hooks.adaptive_diffusion",
     "AdaptiveSDEPipeline": "diffusers_ext.pipelines.adaptive_sde",
+    "AscendingBlockPolicy": "diffusers_ext.pipelines.ascending_blocks",
+    "AscendingStepScheduler": "diffusers_ext.schedulers.ascending_steps",
     "AvatarJudge": "diffusers_ext.metrics.judge",
+    "BlockCausalCacheConfig": "diffusers_ext.hooks.block_causal_cache",
+    "BlockPolicy": "diffusers_ext.pipelines._block_policy",
     "BlockProfile": "diffusers_ext.hooks.block_profile",
     "CATPruningConfig": "diffusers_ext.hooks.cat_pruning",
     "CacheRouter": "diffusers_ext.models.cache_router",
     "CalibratedDPMConfig": "diffusers_ext.hooks.calibrated_dpm",
     "DCSolverMultistepScheduler": "diffusers_ext.schedulers.dc_solver",
+    "DKVCacheConfig": "diffusers_ext.hooks.dkv_cache",
     "DPMSolverV3Scheduler": "diffusers_ext.schedulers.dpm_solver_v3",
     "DPMSolverV3Statistics": "diffusers_ext.schedulers._model_statistics",
     "DeepCacheConfig": "diffusers_ext.hooks.deepcache",
     "DeltaDiTConfig": "diffusers_ext.hooks.delta_dit",
+    "EOSRejectionScheduler": "diffusers_ext.schedulers.ascending_steps",
     "EVODiffScheduler": "diffusers_ext.schedulers.evodiff",
+    "EcoDiffMasks": "diffusers_ext.models.ecodiff",
     "Enabled": "diffusers_ext.enabling",
     "EnumerableLanguageModel": "diffusers_ext.oracles.language_model",
+    "FPQuantDiffusion": "diffusers_ext.quantization.fp_quant_diffusion",
     "FashionJudge": "diffusers_ext.metrics.judge",
     "FastDiffScheduler": "diffusers_ext.schedulers.fastdiff",
+    "FastForward": "diffusers_ext.training.fast_forward",
     "FasterDiffusionConfig": "diffusers_ext.hooks.faster_diffusion",
+    "FirstHittingScheduler": "diffusers_ext.schedulers.first_hitting",
     "FlowMatchPseudoCorrectorScheduler": "diffusers_ext.schedulers.flowturbo",
     "FlowTurboConfig": "diffusers_ext.hooks.flowturbo",
+    "FreeCacheConfig": "diffusers_ext.hooks.freecache",
     "GHVBScheduler": "diffusers_ext.schedulers.ghvb",
     "GaussianDenoiser": "diffusers_ext.oracles.gaussian",
     "GaussianMixtureDenoiser": "diffusers_ext.oracles.gaussian",
     "GaussianTeleport": "diffusers_ext.schedulers.gaussian_teleport",
     "GaussianTeleportScheduler": "diffusers_ext.schedulers.gaussian_teleport",
+    "GrokfastEMA": "diffusers_ext.training.grokfast",
+    "GrokfastMA": "diffusers_ext.training.grokfast",
+    "GuidedUnmaskingScheduler": "diffusers_ext.schedulers.guided_unmasking",
+    "HEXPipeline": "diffusers_ext.pipelines.hex",
     "HarmonicaConfig": "diffusers_ext.hooks.harmonica",
     "HeavyBallDPMSolverMultistepScheduler": "diffusers_ext.schedulers.ghvb",
     "HeavyBallUniPCMultistepScheduler": "diffusers_ext.schedulers.ghvb",
     "InnerLoopFeedback": "diffusers_ext.models.inner_loop_feedback",
     "InnerLoopFeedbackConfig": "diffusers_ext.hooks.inner_loop_feedback",
+    "LearnedParallelScheduler": "diffusers_ext.schedulers.learned_parallel",
     "LowRankMixtureDenoiser": "diffusers_ext.oracles.gaussian",
     "MRSamplerScheduler": "diffusers_ext.schedulers.mr_sampler",
+    "MaskedDiffusionPipeline": "diffusers_ext.pipelines._masked_diffusion",
+    "MaskedLanguageModel": "diffusers_ext.models.masked_language_model",
     "MeanRevertingPipeline": "diffusers_ext.pipelines.mean_reverting",
     "Method": "diffusers_ext.registry",
     "NoiseSchedulePredictor": "diffusers_ext.models.noise_schedule_predictor",
+    "PTQ4DM": "diffusers_ext.quantization.ptq4dm",
+    "PTQConfig": "diffusers_ext.quantization.config",
     "ParadigmsDDPMPipeline": "diffusers_ext.pipelines.paradigms",
     "ParadigmsDiTPipeline": "diffusers_ext.pipelines.paradigms",
     "ParadigmsFluxPipeline": "diffusers_ext.pipelines.paradigms",
     "ParadigmsPipeline": "diffusers_ext.pipelines.paradigms",
     "ParadigmsStableDiffusionPipeline": "diffusers_ext.pipelines.paradigms",
     "ParadigmsStableDiffusionXLPipeline": "diffusers_ext.pipelines.paradigms",
+    "ParallelDecodeFilter": "diffusers_ext.schedulers._decode_filter",
+    "PeRFlowScheduler": "diffusers_ext.schedulers.perflow",
     "PictureObjective": "diffusers_ext.search",
     "Pipeline": "diffusers_ext.loading",
     "PriorNoiseInjection": "diffusers_ext.hooks.faster_diffusion",
     "ProfilingDiTConfig": "diffusers_ext.hooks.profiling_dit",
+    "PrunedDiTTransformer2DModel": "diffusers_ext.models.pruned",
+    "PrunedFluxTransformer2DModel": "diffusers_ext.models.pruned",
+    "PrunedSD3Transformer2DModel": "diffusers_ext.models.pruned",
+    "PrunedUNet2DConditionModel": "diffusers_ext.models.pruned",
+    "QDiffusion": "diffusers_ext.quantization.q_diffusion",
+    "RectifiedFlowEulerScheduler": "diffusers_ext.schedulers.instaflow",
     "SolverSearch": "diffusers_ext.solver_search",
     "StreamBatchPipeline": "diffusers_ext.pipelines.stream_batch",
+    "TiUELoopfreeConfig": "diffusers_ext.hooks.tiue_loopfree",
     "TimeShiftConfig": "diffusers_ext.hooks.time_shift_sampler",
     "TimestepSearch": "diffusers_ext.search",
     "UnifiedSolverScheduler": "diffusers_ext.schedulers.unified_solver",
+    "UnmaskingScheduler": "diffusers_ext.schedulers._unmasking",
     "VelocityRefiner": "diffusers_ext.models.velocity_refiner",
     "adaptive_diffusion_stats": "diffusers_ext.hooks.adaptive_diffusion",
+    "allow_enable_cache": "diffusers_ext.upstream_caches",
+    "announce_positions": "diffusers_ext.hooks._lm_cache",
     "apply_adaptive_diffusion": "diffusers_ext.hooks.adaptive_diffusion",
+    "apply_block_causal_cache": "diffusers_ext.hooks.block_causal_cache",
     "apply_calibrated_dpm": "diffusers_ext.hooks.calibrated_dpm",
     "apply_cat_pruning": "diffusers_ext.hooks.cat_pruning",
     "apply_deepcache": "diffusers_ext.hooks.deepcache",
     "apply_delta_dit": "diffusers_ext.hooks.delta_dit",
+    "apply_dkv_cache": "diffusers_ext.hooks.dkv_cache",
     "apply_faster_diffusion": "diffusers_ext.hooks.faster_diffusion",
     "apply_flowturbo": "diffusers_ext.hooks.flowturbo",
+    "apply_freecache": "diffusers_ext.hooks.freecache",
     "apply_harmonica": "diffusers_ext.hooks.harmonica",
     "apply_inner_loop_feedback": "diffusers_ext.hooks.inner_loop_feedback",
     "apply_profiling_dit": "diffusers_ext.hooks.profiling_dit",
     "apply_time_shift_sampler": "diffusers_ext.hooks.time_shift_sampler",
+    "apply_tiue_loopfree": "diffusers_ext.hooks.tiue_loopfree",
     "calibrate": "diffusers_ext.hooks.calibrated_dpm",
     "check_dc_ratios": "diffusers_ext.schedulers.dc_search",
     "collect_statistics": "diffusers_ext.schedulers.collect",
+    "delta_weights": "diffusers_ext.weight_deltas",
     "detect_artifacts": "diffusers_ext.hooks.asced",
     "disable": "diffusers_ext.enabling",
+    "ecodiff_loss": "diffusers_ext.training.train_ecodiff",
     "enable": "diffusers_ext.enabling",
     "enabled": "diffusers_ext.enabling",
     "fit_dc_ratios": "diffusers_ext.schedulers.dc_solver",
+    "fit_parallel_filter": "diffusers_ext.training.parallel_filter",
     "get_method": "diffusers_ext.registry",
+    "guidance_distillation_loss": "diffusers_ext.training.train_guided_distillation",
+    "high_frequency_promoting_loss": "diffusers_ext.training.train_hipa",
+    "hitting_times": "diffusers_ext.schedulers.first_hitting",
+    "load_masked_language_model": "diffusers_ext.models.public_checkpoints",
+    "merge_delta_weights": "diffusers_ext.weight_deltas",
     "methods": "diffusers_ext.registry",
+    "mmd_loss": "diffusers_ext.training.train_mmd_ddm",
+    "perflow_loss": "diffusers_ext.training.train_perflow",
+    "policy_loss": "diffusers_ext.training.train_sft_pg",
     "predict_dc_ratios": "diffusers_ext.schedulers.dc_solver",
     "profile_blocks": "diffusers_ext.hooks.block_profile",
+    "prune_model": "diffusers_ext.models.pruned",
     "push_to_hub": "diffusers_ext.hub",
+    "quantization": "diffusers_ext.quantization",
+    "reflow_loss": "diffusers_ext.training.train_instaflow",
     "remove_adaptive_diffusion": "diffusers_ext.hooks.adaptive_diffusion",
+    "remove_block_causal_cache": "diffusers_ext.hooks.block_causal_cache",
     "remove_calibrated_dpm": "diffusers_ext.hooks.calibrated_dpm",
     "remove_cat_pruning": "diffusers_ext.hooks.cat_pruning",
     "remove_deepcache": "diffusers_ext.hooks.deepcache",
     "remove_delta_dit": "diffusers_ext.hooks.delta_dit",
+    "remove_dkv_cache": "diffusers_ext.hooks.dkv_cache",
     "remove_faster_diffusion": "diffusers_ext.hooks.faster_diffusion",
     "remove_flowturbo": "diffusers_ext.hooks.flowturbo",
+    "remove_freecache": "diffusers_ext.hooks.freecache",
     "remove_harmonica": "diffusers_ext.hooks.harmonica",
     "remove_inner_loop_feedback": "diffusers_ext.hooks.inner_loop_feedback",
     "remove_profiling_dit": "diffusers_ext.hooks.profiling_dit",
     "remove_time_shift_sampler": "diffusers_ext.hooks.time_shift_sampler",
+    "remove_tiue_loopfree": "diffusers_ext.hooks.tiue_loopfree",
+    "safe_categorical": "diffusers_ext.schedulers._unmasking",
     "save_pretrained": "diffusers_ext.hub",
     "search_dc_ratios": "diffusers_ext.schedulers.dc_search",
     "search_noise_schedule": "diffusers_ext.noise_schedule_search",
@@ -133,24 +192,34 @@ BASE_CLASSES: dict[str, str] = {
 
 # Public classes that `DiffusionPipeline.from_pretrained` and `AutoModel` look up in the `diffusers` namespace.
 PIPELINES_AND_MODELS: tuple[str, ...] = (
+    "AGDAdapter",
     "AdaptiveSDEPipeline",
     "AvatarJudge",
     "CacheRouter",
     "DPMSolverV3Statistics",
+    "EcoDiffMasks",
     "EnumerableLanguageModel",
     "FashionJudge",
     "GaussianDenoiser",
     "GaussianMixtureDenoiser",
     "GaussianTeleport",
+    "HEXPipeline",
     "InnerLoopFeedback",
     "LowRankMixtureDenoiser",
+    "MaskedDiffusionPipeline",
+    "MaskedLanguageModel",
     "MeanRevertingPipeline",
     "ParadigmsDDPMPipeline",
     "ParadigmsDiTPipeline",
     "ParadigmsFluxPipeline",
     "ParadigmsStableDiffusionPipeline",
     "ParadigmsStableDiffusionXLPipeline",
+    "ParallelDecodeFilter",
     "NoiseSchedulePredictor",
+    "PrunedDiTTransformer2DModel",
+    "PrunedFluxTransformer2DModel",
+    "PrunedSD3Transformer2DModel",
+    "PrunedUNet2DConditionModel",
     "StreamBatchPipeline",
     "VelocityRefiner",
 )
@@ -325,13 +394,17 @@ def zoo_path(name: str) -> Path:
 # --- registration with diffusers -------------------------------------------------------------------------------------
 
 _LOADER = "diffusers.pipelines.pipeline_loading_utils"
+_QUANTIZERS = "diffusers.quantizers.auto"
 
 
 class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Waits for diffusers' loader to be imported, registers our classes right after, and goes away."""
+    """Waits for a module of diffusers to be imported, registers ours with it right after, and goes away."""
+
+    def __init__(self, awaited: str, register_now: Callable[[], None]) -> None:
+        self.awaited, self.register_now = awaited, register_now
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != _LOADER:
+        if fullname != self.awaited:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -341,7 +414,7 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            _register_now()
+            self.register_now()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader serves this one import
         return spec
@@ -349,13 +422,21 @@ class _RegisterOnImport(importlib.abc.MetaPathFinder):
 
 def register() -> None:
     """Make our classes loadable by stock `from_pretrained`; safe to call again."""
-    if _LOADER in sys.modules:
-        _register_now()
-    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisterOnImport())
+    for awaited, register_now in ((_QUANTIZERS, _register_quantizer), (_LOADER, _register_now)):
+        if awaited in sys.modules:
+            register_now()
+        elif not any(isinstance(finder, _RegisterOnImport) and finder.awaited == awaited for finder in sys.meta_path):
+            sys.meta_path.insert(0, _RegisterOnImport(awaited, register_now))
 
 
 def _register_now() -> None:
     from . import _compat
 
     _compat.register_library("diffusers_ext", PIPELINES_AND_MODELS, load_entry)
+    importlib.import_module(_QUANTIZERS)  # every pipeline with a model imports it
+
+
+def _register_quantizer() -> None:
+    from .quantization.loader import register as register_quantizer
+
+    register_quantizer()

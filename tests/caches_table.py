@@ -43,6 +43,26 @@ structure of a model, not at its name, and `dx.enable` says so where they do not
 - {NO}: it does not fit, and `dx.enable` says why.
 
 """
+_TAIL = """
+## By diffusers' own `enable_cache`
+
+Transformers of diffusers with caches of its own are switched by `model.enable_cache(config)`. It knows its own configs only.
+For ours as well, and on models that have no such method, ask for it once in a program:
+
+```python
+import diffusers_ext as dx
+
+dx.allow_enable_cache()
+pipe.unet.enable_cache(dx.DeepCacheConfig(interval=3))
+pipe.unet.is_cache_enabled        # True
+pipe.unet.disable_cache()         # bit-equal to before
+dx.allow_enable_cache(False)      # diffusers as it was
+```
+
+It is `dx.enable` on the model alone: settings that need a pipeline are refused, no recipe is written, and a run that was
+broken off is noticed by its timesteps only. Nothing of diffusers is replaced; its own caches go on to work, one at a time on a
+model, theirs or ours.
+"""
 
 
 def cases() -> list[Case]:
@@ -97,7 +117,7 @@ def text(rows: Mapping[str, Mapping[str, str]]) -> str:
     columns = list(next(iter(rows.values())))
     lines = [["denoiser", *(f"`{column}`" for column in columns)], ["---"] * (len(columns) + 1)]
     lines += [[f"`{name}`", *cells.values()] for name, cells in rows.items()]
-    return _HEAD + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return _HEAD + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + _TAIL
 
 
 def table() -> dict[str, dict[str, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 import diffusers_ext as dx
-from benchmarks import _frontier
+from benchmarks import _cache_peers
 from benchmarks._frontier import Frontier, MacCounter, Made, at_cost
 from benchmarks._quality import Variant, denoiser_cost
 from benchmarks._record import Recorder
@@ -21,6 +23,8 @@ def test_errors_at_a_cost_between_two_settings():
     assert at_cost(curve[::-1], 25.0) == pytest.approx([10**-1.5, 2**0.5])
     assert at_cost(curve, 30.0) == pytest.approx([0.01, 1.0]), "a setting itself"
     assert at_cost([curve[0], Made(10.0, np.array([2.0, 2.0]))], 10.0) is not None
+    same = [curve[0], Made(60.0, np.array([0.0, 1.0]))]
+    assert at_cost(same, 20.0) is None, "nothing lies between a setting and one that changes nothing"
     assert at_cost(curve, 9.0) is None and at_cost(curve, 51.0) is None, "nothing is known outside"
 
 
@@ -41,8 +45,9 @@ def test_the_counter_counts_as_the_metric_and_modules_that_hold_each_other():
 @pytest.fixture
 def study(tiny, tmp_path, monkeypatch):
     """DeepCache on a random U-Net of the avatars, with fewer steps as the only peer."""
-    peers = {"fewer steps": {f"{n}": Variant(f"{n}", steps=n) for n in (2, 3, 5)}}
-    monkeypatch.setattr(_frontier, "peers", lambda *args: peers)
+    same = functools.partial(lambda keep, pipe: pipe, True)  # as peers have it: a function without a name
+    peers = {"fewer steps": {f"{n}": Variant(f"{n}", steps=n, prepare=same) for n in (2, 3, 5)}}
+    monkeypatch.setattr(_cache_peers, "peers", lambda *args: peers)
     zoo = ZooModel("avatars-sd", tiny)
 
     def make(**settings):

@@ -6,7 +6,6 @@ of its neighbours, the last prediction is taken again; the scheduler steps on wi
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from torch import nn
 from ..enabling import HookConfig
 from . import _blocks, _unets
 from ._plan import Action, Call, PlanBuilder, find_run, first_input, uninstall
+from ._values import is_count, is_number
 
 _FULL, _SKIP = "full", "skip"
 # Parts that make the output of a transformer out of what its last block leaves.
@@ -54,12 +54,11 @@ class AdaptiveDiffusionConfig(HookConfig):
     cap: str = "strict"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not math.isfinite(self.threshold):
+        if not is_number(self.threshold):
             raise ValueError(f"`threshold` is {self.threshold!r}; it must be a finite number.")
         for name, least in (("max_skip_steps", 1), ("warmup_steps", _MIN_WARMUP)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_count(value, least):
                 raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
         if self.cap not in ("strict", "reference"):
             raise ValueError(f"`cap` is {self.cap!r}; allowed are 'strict' and 'reference'.")

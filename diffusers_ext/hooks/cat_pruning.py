@@ -20,6 +20,7 @@ from ..enabling import HookConfig
 from . import _blocks, _tokens
 from ._plan import CacheRun, Call, PlanBuilder, RunState, uninstall
 from ._tokens import FULL, SOME, STORE, LookHook, choose_rows, put, rows_of, take
+from ._values import is_count, is_number
 
 _REFERENCE = "reference"
 _LLOYD_STEPS, _NOISE_WEIGHT = 20, 0.05
@@ -57,12 +58,11 @@ class CATPruningConfig(HookConfig):
     def __post_init__(self) -> None:
         for name, least in (("start_step", -1), ("num_clusters", 1), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_count(value, least):
                 raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
         for name in ("keep_ratio", "fresh_share", "decay"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= 1 or (name == "keep_ratio" and value == 0):
+            if not is_number(value, 0, 1) or (name == "keep_ratio" and value == 0):
                 lowest = "above 0" if name == "keep_ratio" else "at least 0"
                 raise ValueError(f"`{name}` is {value!r}; it must be a number, {lowest} and at most 1.")
 

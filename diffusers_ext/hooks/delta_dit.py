@@ -16,6 +16,7 @@ from torch import nn
 from ..enabling import HookConfig
 from ._blocks import BlockPlan, block_names, unsupported
 from ._plan import Call, PlanBuilder, uninstall
+from ._values import is_count
 
 _FULL, _FRONT, _REAR = "full", "front", "rear"
 _OTHER = {_FRONT: _REAR, _REAR: _FRONT}
@@ -50,24 +51,24 @@ class DeltaDiTConfig(HookConfig):
     continuation: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_cached_blocks is not None and not _is_count(self.num_cached_blocks, 0):
+        if self.num_cached_blocks is not None and not is_count(self.num_cached_blocks):
             raise ValueError(
                 f"`num_cached_blocks` is {self.num_cached_blocks!r}; it must be an integer of at least 0, or None."
             )
         if isinstance(self.boundary, float):
             allowed = 0 <= self.boundary <= 1
         else:
-            allowed = _is_count(self.boundary, 0)
+            allowed = is_count(self.boundary)
         if not allowed:
             raise ValueError(
                 f"`boundary` is {self.boundary!r}; it must be a step number (an integer of at least 0) or a fraction of the "
                 f"steps (a float in [0, 1])."
             )
-        if not _is_count(self.interval, 1):
+        if not is_count(self.interval, 1):
             raise ValueError(f"`interval` is {self.interval!r}; it must be an integer of at least 1.")
         if self.early not in (_FRONT, _REAR):
             raise ValueError(f"`early` is {self.early!r}; allowed are 'front' and 'rear'.")
-        if not _is_count(self.continuation, 0) or self.continuation > 1:
+        if not is_count(self.continuation) or self.continuation > 1:
             raise ValueError(f"`continuation` is {self.continuation!r}; allowed are 0 and 1.")
 
     @classmethod
@@ -148,7 +149,3 @@ class _Plan:
                 "A fraction as `boundary` needs the number of steps: enable Δ-DiT on this pipeline as well."
             )
         return math.floor(boundary * num_steps + 0.5)
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

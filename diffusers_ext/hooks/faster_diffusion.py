@@ -18,6 +18,7 @@ from torch import nn
 from ..enabling import HookConfig
 from . import _unets
 from ._plan import PlanBuilder, find_run, uninstall
+from ._values import is_count, is_number
 
 # Of 50 steps (section 3.2): dense where the features change.
 _PAPER_KEYS, _PAPER_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35), 50
@@ -53,7 +54,7 @@ class FasterDiffusionConfig(HookConfig):
         if isinstance(steps, tuple):
             steps = self.key_steps = list(steps)
         whole = [steps] if isinstance(steps, int) else steps if isinstance(steps, list) else []
-        fine = bool(whole) and all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in whole)
+        fine = bool(whole) and all(map(is_count, whole))
         if steps != "paper" and not (fine and (0 in whole) == isinstance(steps, list)):
             raise ValueError(
                 f"`key_steps` is {steps!r}; allowed are a list of step numbers with 0 among them, an integer of at least 1, "
@@ -160,8 +161,7 @@ class PriorNoiseInjection(PipelineCallback):
     @register_to_config
     def __init__(self, scale: float = 0.003, start: float = 0.5) -> None:
         for name, value, most in (("scale", scale, float("inf")), ("start", start, 1.0)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= most or value == float("inf"):
+            if not is_number(value, 0, most):
                 raise ValueError(
                     f"`{name}` is {value!r}; it must be a number of at least 0{', up to 1' * (most == 1)}."
                 )

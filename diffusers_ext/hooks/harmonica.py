@@ -24,6 +24,7 @@ from ._blocks import BlockPlan, block_names
 from ._blocks import unsupported as no_blocks
 from ._plan import CacheRun, Call, PlanBuilder, Slot, uninstall
 from ._trained import check_name, config_of, warn_of_other_weights
+from ._values import is_number
 
 _FULL = "full"
 _FEED_FORWARD = re.compile(r"FeedForward|MLP|Mlp|SwiGLU")
@@ -52,11 +53,7 @@ class HarmonicaConfig(HookConfig):
 
     def __post_init__(self) -> None:
         check_name("router", self.router)
-        if (
-            isinstance(self.threshold, bool)
-            or not isinstance(self.threshold, (int, float))
-            or not 0 <= self.threshold < 1
-        ):
+        if not is_number(self.threshold, 0) or self.threshold >= 1:
             raise ValueError(f"`threshold` is {self.threshold!r}; it must be a number in [0, 1).")
 
     @classmethod

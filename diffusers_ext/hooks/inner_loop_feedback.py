@@ -19,6 +19,7 @@ from ..models.inner_loop_feedback import InnerLoopFeedback, no_feedback
 from ._blocks import BlockPlan, Streams, block_names
 from ._plan import CachePlan, CacheRun, Call, PlanBuilder, uninstall
 from ._trained import check_name, config_of, warn_of_other_weights
+from ._values import is_count
 
 FULL, CHEAP = "full", "cheap"
 
@@ -44,7 +45,7 @@ class InnerLoopFeedbackConfig(HookConfig):
 
     def __post_init__(self) -> None:
         check_name("feedback", self.feedback)
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+        if not is_count(self.interval, 1):
             raise ValueError(f"`interval` is {self.interval!r}; it must be an integer of at least 1.")
 
     @classmethod

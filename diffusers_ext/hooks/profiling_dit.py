@@ -16,6 +16,7 @@ from torch import nn
 from ..enabling import HookConfig
 from ._blocks import BlockPlan, block_names, unsupported
 from ._plan import Call, PlanBuilder, uninstall
+from ._values import is_count
 
 _FULL, _CACHED = "full", "cached"
 
@@ -46,12 +47,12 @@ class ProfilingDiTConfig(HookConfig):
     def __post_init__(self) -> None:
         for name in ("cached_blocks", "interval"):
             value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or not all(_is_count(number) for number in value):
+            if not isinstance(value, (list, tuple)) or not all(map(is_count, value)):
                 raise ValueError(f"`{name}` is {value!r}; it must be a tuple of integers of at least 0.")
             setattr(self, name, tuple(value))  # JSON has lists
         if len(set(self.cached_blocks)) < len(self.cached_blocks):
             raise ValueError(f"`cached_blocks` is {self.cached_blocks}; each block may be in it once.")
-        if not _is_count(self.warmup):
+        if not is_count(self.warmup):
             raise ValueError(f"`warmup` is {self.warmup!r}; it must be an integer of at least 0.")
         if len(self.interval) != 2 or not self.interval[0] >= self.interval[1] >= 1:
             raise ValueError(f"`interval` is {self.interval}; it must be (T_max, T_min) with T_max >= T_min >= 1.")
@@ -136,7 +137,3 @@ class _Plan:
         if self._known is None or self._known[0] != call.num_steps:
             self._known = (call.num_steps, frozenset(full_steps(call.num_steps, warmup, self.config.interval)))
         return _FULL if step in self._known[1] else _CACHED
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import diffusers_ext as dx
 from diffusers_ext.hooks import _unets
 from diffusers_ext.hooks._plan import find_run
 from tests import tiny_sd
+from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
 from tests.unets import fill
@@ -346,13 +346,6 @@ def test_the_recipe_brings_it_back(pipe, tmp_path):
 
 @pytest.mark.proof("card")
 def test_the_snippet_of_the_card_runs():
-    from diffusers_ext.cards import method_card
-
-    card = method_card("adaptive_diffusion")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets
-    names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), names)
+    card, names = run_card("adaptive_diffusion")
     assert names["image"].size == (32, 32)
     assert "2410.09873" in card and "Apache-2.0" in card

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 import diffusers_ext as dx
 from diffusers_ext.hooks._blocks import block_names
 from diffusers_ext.hooks._plan import find_run
+from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
 from tests.transformers import TRANSFORMERS, block_deltas, predict_with
@@ -206,13 +206,6 @@ def test_a_run_equals_the_slow_derivation(name):
 
 @pytest.mark.proof("card")
 def test_the_snippet_of_the_card_runs():
-    from diffusers_ext.cards import method_card
-
-    card = method_card("delta_dit")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets, "the card shows how to call it"
-    scope: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), scope)
+    card, scope = run_card("delta_dit")
     assert isinstance(scope["pipe"], DiTPipeline) and dx.status(scope["pipe"]) == []
     assert "2406.01125" in card

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ import diffusers_ext as dx
 from diffusers_ext.hooks._plan import find_run
 from diffusers_ext.hooks.faster_diffusion import paper_key_steps
 from tests import tiny_sd
+from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
 from tests.unets import UNETS, conditional, fill, inputs, predict
@@ -470,13 +470,6 @@ def test_the_recipe_brings_it_back(pipe, tmp_path):
 
 @pytest.mark.proof("card")
 def test_the_snippets_of_the_card_run():
-    from diffusers_ext.cards import method_card
-
-    card = method_card("faster_diffusion")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets
-    names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), names)
+    card, names = run_card("faster_diffusion")
     assert names["image"].size == (32, 32)
     assert "2312.09608" in card and "Apache-2.0" in card

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from diffusers_ext.hooks._plan import Call, find_run, uninstall
 from diffusers_ext.hooks.harmonica import _Plan, new_router, route, sublayer_names
 from diffusers_ext.training._data import GlobalBatches, SampleNoise
 from diffusers_ext.training.train_harmonica import MIX, PLAIN, STORE, main, router_loss, soft_cache
+from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
 from tests.test_trainers import class_conditional
@@ -659,14 +659,7 @@ def test_a_pipeline_is_shared_with_the_name_of_its_router_and_not_with_a_local_f
 
 @pytest.mark.proof("card")
 def test_the_snippets_of_the_card_run(tmp_path, monkeypatch):
-    from diffusers_ext.cards import method_card
-
     monkeypatch.chdir(tmp_path)
-    card = method_card("harmonica")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets, "the card shows how to call it"
-    names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), names)
+    card, names = run_card("harmonica")
     assert not dx.status(names["pipe"]) and names["image"].size == (28, 28)
     assert "2410.01723" in card

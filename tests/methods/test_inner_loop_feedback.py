@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffusers_ext.hooks.inner_loop_feedback import _check_shapes
 from diffusers_ext.models.inner_loop_feedback import no_feedback
 from diffusers_ext.training._trajectories import count_steps
 from diffusers_ext.training.train_inner_loop_feedback import feedback_loss, main, run_loss
+from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
 from tests.test_trainers import class_conditional
@@ -479,14 +479,7 @@ def test_a_pipeline_is_shared_with_the_name_of_its_module_and_not_with_a_local_f
 
 @pytest.mark.proof("card")
 def test_the_snippets_of_the_card_run(tmp_path, monkeypatch):
-    from diffusers_ext.cards import method_card
-
     monkeypatch.chdir(tmp_path)
-    card = method_card("inner_loop_feedback")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets, "the card shows how to call it"
-    names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), names)
+    card, names = run_card("inner_loop_feedback")
     assert not dx.status(names["pipe"]) and names["image"].size == (28, 28)
     assert "2501.13107" in card

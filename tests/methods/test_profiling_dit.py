@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from diffusers_ext.hooks._blocks import block_names
 from diffusers_ext.hooks._plan import find_run
 from diffusers_ext.hooks.block_profile import column_scores, principal_mask
 from diffusers_ext.hooks.profiling_dit import full_steps
+from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
 from tests.transformers import TRANSFORMERS, block_deltas, predict_with
@@ -404,13 +404,6 @@ def test_a_run_that_starts_at_block_0_works_where_the_authors_code_fails():
 
 @pytest.mark.proof("card")
 def test_the_snippet_of_the_card_runs():
-    from diffusers_ext.cards import method_card
-
-    card = method_card("profiling_dit")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets, "the card shows how to call it"
-    scope: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), scope)
+    card, scope = run_card("profiling_dit")
     assert isinstance(scope["pipe"], DiTPipeline) and dx.status(scope["pipe"]) == []
     assert "2504.03140" in card

@@ -1,0 +1,238 @@
+"""All caches on one plot: how near to the plain run, against time and against multiply-accumulates, a model of the zoo each.
+
+    python -m benchmarks.caches                           # everything
+    python -m benchmarks.caches --model avatars-flow
+    python -m benchmarks.caches --part quality            # without timing
+
+It takes what the benchmarks of the caches declare at 20 steps, with the settings that they declare, and puts it beside the
+caches of other people and beside fewer steps. Nothing is claimed here: claims are those benchmarks'. Runs are taken from the
+cache of runs where they are there. Time is that of whole runs of one batch, all settings in turn in one process, over that of
+the plain run. Methods whose trained parts are missing are left out, and it says so. What is recorded of the same comparison
+is printed below the table. Tables go to `outputs/bench/caches.json`, drawings beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from tqdm.auto import tqdm
+
+import diffusers_ext as dx
+from benchmarks import _plot
+from benchmarks._bench import OUTPUT
+from benchmarks._cache_peers import peers
+from benchmarks._frontier import COST, Frontier, Made, Runs, curves_against_cost
+from benchmarks._quality import QualityCost, Variant
+from benchmarks._record import machine, print_table, versions
+from benchmarks._zoo import BATCH
+from diffusers_ext import proofs, registry
+from diffusers_ext.bench import keys as measured_methods
+from diffusers_ext.metrics import bootstrap_interval, time_ratio
+
+STEPS, PICTURES, ROUNDS = 20, 32, 3
+MODELS = {"avatars-sd": 3.0, "avatars-flow": 3.0, "fashion-dit": 4.0}  # with the guidance scale
+PARTS = ("quality", "time")
+_TIME = "time over that of the plain run"
+_COLUMNS = [
+    "cache", "setting", "MACs over the plain run", "time over the plain run", "time low", "time high",
+    "PSNR to the plain run (dB)", "PSNR low", "PSNR high",
+]  # fmt: skip
+Times = dict[str, dict[str, tuple[float, float, float]]]
+
+
+def cache_keys() -> list[str]:
+    """Keys of the measured methods that are caches."""
+    found = []
+    for key in measured_methods():
+        entry = registry.get_method(key).entry
+        names = [entry] if isinstance(entry, str) else list(entry or ())
+        if any(getattr(getattr(dx, name), "family", None) == "cache" for name in names if name in registry.LAZY_NAMES):
+            found.append(key)
+    return found
+
+
+def declared(model: str) -> dict[str, dict[str, Variant]]:
+    """Key of a method -> title -> setting: those that its benchmark measures on this model at these steps."""
+    found: dict[str, dict[str, Variant]] = {}
+    for key in cache_keys():
+        for part in importlib.import_module(f"benchmarks.{key}").BENCHMARK.parts:
+            if not isinstance(part, Frontier | QualityCost):
+                continue
+            if (part.model, part.steps, part.guidance_scale) == (model, STEPS, MODELS[model]):
+                found.setdefault(key, {}).update({variant.title: variant for variant in part.variants.values()})
+    return found
+
+
+def available(
+    found: Mapping[str, Mapping[str, Variant]], runs: Runs, console: Console
+) -> dict[str, dict[str, Variant]]:
+    """Those that can be put on; prints why others cannot."""
+    kept: dict[str, dict[str, Variant]] = {}
+    for key, variants in found.items():
+        for title, variant in variants.items():
+            try:
+                with variant.on(runs.zoo.pipe):
+                    kept.setdefault(key, {})[title] = variant
+            except FileNotFoundError as missing:
+                console.print(f"{key}, {title}: left out. {missing}", soft_wrap=True, markup=False)
+    return kept
+
+
+def quality(
+    runs: Runs, ours: Mapping[str, Mapping[str, Variant]]
+) -> tuple[dict[str, dict[str, Made]], dict[str, dict[str, Made]]]:
+    """What our caches made, by the name of the method, and what those of other people made."""
+    mine: dict[str, dict[str, Made]] = {}
+    with tqdm(total=sum(map(len, ours.values())), desc=runs.model, unit="run", leave=False) as bar:
+        for key, variants in ours.items():
+            module = registry.get_method(key).module
+            assert module is not None  # it is measured
+            for title, variant in variants.items():
+                # Trained parts may be others the next time.
+                made = (
+                    runs.make(variant)
+                    if variant.prepare is not None
+                    else runs.kept(variant, {"settings": variant.settings(), "source": proofs.source_hash(module)})
+                )
+                mine.setdefault(_name(key), {})[title] = made
+                bar.update()
+    return mine, runs.of_peers()
+
+
+def times(runs: Runs, variants: Mapping[str, Mapping[str, Variant]]) -> Times:
+    """Median and interval of the time over that of the plain run, all settings in turn."""
+    with contextlib.ExitStack() as stack:
+
+        def run(variant: Variant) -> Any:
+            pipe = stack.enter_context(variant.on(copy.deepcopy(runs.zoo.pipe)))
+            count = min(BATCH, runs.pictures)
+            return functools.partial(
+                runs.zoo.generate, pipe, runs.conditions[:count], range(count), variant.steps or runs.steps,
+                runs.guidance_scale, **variant.options,
+            )  # fmt: skip
+
+        made = {(name, title): run(each) for name, curve in variants.items() for title, each in curve.items()}
+        labels = {f"{i}": label for i, label in enumerate(made)}
+        functions = {"plain": run(Variant())} | {i: made[label] for i, label in labels.items()}
+        ratios = time_ratio(functions, baseline="plain", repeats=ROUNDS)
+    found: Times = {}
+    for i, (name, title) in labels.items():
+        found.setdefault(name, {})[title] = (ratios[i].median, *ratios[i].interval)
+    return found
+
+
+def rows_of(
+    curves: Mapping[str, Mapping[str, Made]], full: float, timed: Mapping[str, Mapping[str, Sequence[float]]]
+) -> list[list[Any]]:
+    """A row a setting."""
+    rows = []
+    for name, curve in curves.items():
+        for title, made in curve.items():
+            time = list(timed.get(name, {}).get(title, (None, None, None)))
+            rows.append([name, title, made.macs / full, *time, *_psnr(made)])
+    return rows
+
+
+def points_of(rows: Sequence[Sequence[Any]], column: int) -> dict[str, list[_plot.Point]]:
+    """Curves of PSNR against a column; settings that have no such number, or equal the plain run, are left out."""
+    curves: dict[str, list[_plot.Point]] = {}
+    for row in rows:
+        name, title, value, low, high = row[0], row[1], *row[6:9]
+        if row[column] is not None and low is not None:
+            curves.setdefault(name, []).append(_plot.Point(row[column], value, (low, high), title))
+    return curves
+
+
+def recorded(model: str) -> list[list[Any]]:
+    """Method, claim, value and interval in dB, and whether it holds: the recorded claims over the best peer on a model."""
+    rows = []
+    for key in cache_keys():
+        for claim in (proofs.read_result(key) or {"claims": []})["claims"]:
+            if claim["name"].startswith(f"frontier_{model}_"):
+                rows.append([_name(key), claim["statement"], claim["value"], *claim["interval"], claim["holds"]])
+    return rows
+
+
+def _psnr(made: Made) -> tuple[float, float | None, float | None]:
+    if not made.errors.all():
+        return float("inf"), None, None
+    values = -20 * np.log10(made.errors)
+    return float(values.mean()), *bootstrap_interval(values, np.mean)
+
+
+def _name(key: str) -> str:
+    title = registry.get_method(key).title
+    return title.partition(":")[0] if ":" in title else key
+
+
+def overview(model: str, parts: Sequence[str], console: Console, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure and draw one model.
+
+    Args:
+        model: of the zoo.
+        parts: of `PARTS`; times that are not measured are those of `kept`.
+        console: prints the table.
+        kept: what was returned the last time.
+
+    Returns:
+        Columns, rows, and times by name and setting.
+    """
+    runs = Runs(model, STEPS, MODELS[model], PICTURES)
+    ours = available(declared(model), runs, console)
+    mine, theirs = quality(runs, ours)
+    timed: Any = kept.get("times", {})
+    if "time" in parts:
+        variants = {_name(key): found for key, found in ours.items()} | peers(model, STEPS, MODELS[model])
+        timed = times(runs, variants)
+    rows = rows_of(mine | theirs, runs.full_macs, timed)
+    print_table(console, f"{model}, {STEPS} steps, {PICTURES} pictures", _COLUMNS, rows)
+    if claims := recorded(model):
+        print_table(
+            console, f"{model}: recorded claims", ["cache", "claim", "gain (dB)", "low", "high", "holds"], claims
+        )
+    panels = {COST: points_of(rows, 2), _TIME: points_of(rows, 3)}
+    figure = curves_against_cost(
+        f"Caches on {model}, {STEPS} steps: means over {PICTURES} pictures, 95% intervals; solid lines are ours",
+        {name: panel for name, panel in panels.items() if panel}, "PSNR to the plain run (dB)", len(mine), log=False,
+    )  # fmt: skip
+    file = _plot.save(figure, OUTPUT / f"caches-{model}.png")
+    console.print(f"Drawn in {file}", soft_wrap=True)
+    return {"columns": _COLUMNS, "rows": rows, "times": timed}
+
+
+def main(argv: Sequence[str] | None = None, output: Path | None = None) -> None:
+    """Run as a program.
+
+    Args:
+        argv: without the program's name; None takes them from the command line.
+        output: file of the tables.
+    """
+    parser = argparse.ArgumentParser(prog="benchmarks.caches", description="All caches side by side.")
+    parser.add_argument("--part", action="append", choices=PARTS, help="What to measure; both unless given.")
+    parser.add_argument("--model", action="append", choices=MODELS, help="Of the zoo; all three unless given.")
+    parser.add_argument("--threads", type=int, default=2, help="Of torch.")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    console, file = Console(), output or OUTPUT / "caches.json"
+    for model in args.model or MODELS:
+        there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"models": {}}
+        found = overview(model, args.part or PARTS, console, there["models"].get(model, {}))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine(), "versions": versions(), "models": there["models"] | {model: found}}
+        file.write_text(json.dumps(content, indent=1, default=float), encoding="utf-8")
+        console.print(f"Written to {file}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
