@@ -5,7 +5,10 @@
 
 The model is any masked language model of transformers (`AutoModelForMaskedLM`) whose tokenizer has a mask token. The
 loss is the exact bound of absorbing diffusion without time conditioning (Sahoo et al. 2024, equation 10; Ou et al. 2024,
-equation 3.6): mask each token with probability t, and weigh the cross-entropy of the masked ones by 1 / t.
+equation 3.6): mask each token with probability t, and weigh the cross-entropy of the masked ones by 1 / t. With `--loss
+k_dce` the number k of masks is drawn and not their rate, and the weight is length / k (Ou et al. 2024, equation 3.9): the
+same bound, the negative log-likelihood of any-order autoregression. The loss over diffusion time that the paper calls t-DCE
+is the first one with t = 1 - e^(-sigma).
 """
 
 from __future__ import annotations
@@ -38,11 +41,39 @@ def masked_diffusion_loss(
         u: `(batch, length)` uniform on [0, 1): a token is masked where u < t.
     """
     masked = (u < t[:, None]) & attention_mask.bool()
+    return _weighted_loss(model, input_ids, attention_mask, mask_token_id, masked, 1.0 / t)
+
+
+def any_order_loss(
+    model, input_ids: torch.Tensor, attention_mask: torch.Tensor, mask_token_id: int, k: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
+    """The same bound from an exact number of masks: `k` of them in each row, of weight length / k.
+
+    Args:
+        model, input_ids, attention_mask, mask_token_id: as in `masked_diffusion_loss`.
+        k: `(batch,)` integers from 1 to the number of tokens that `attention_mask` keeps in the row.
+        u: `(batch, length)` uniform on [0, 1): the kept tokens with the k smallest numbers are masked.
+    """
+    kept = attention_mask.bool()
+    rank = u.masked_fill(~kept, torch.inf).argsort(1).argsort(1)
+    masked = (rank < k[:, None]) & kept
+    return _weighted_loss(model, input_ids, attention_mask, mask_token_id, masked, kept.sum(1) / k)
+
+
+def _weighted_loss(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    mask_token_id: int,
+    masked: torch.Tensor,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-entropy of the masked tokens, times the weight `(batch,)` of their row, over the number of kept tokens."""
     noisy = torch.where(masked, mask_token_id, input_ids)
     logits = model(input_ids=noisy, attention_mask=attention_mask).logits
     # A clean token is never the mask itself (zero masking probabilities, Sahoo et al. 2024, section 3.2.3).
     chosen = logits[masked].float().index_fill(1, torch.tensor([mask_token_id], device=logits.device), -torch.inf)
-    weights = (1.0 / t)[:, None].expand_as(masked)[masked]
+    weights = weight[:, None].expand_as(masked)[masked]
     total = (F.cross_entropy(chosen, input_ids[masked], reduction="none") * weights).sum()
     return total / attention_mask.sum()
 
@@ -73,13 +104,15 @@ class MaskedDiffusionTask(Task):
     def loss(self, batch: dict[str, Any], noise: SampleNoise) -> torch.Tensor:
         input_ids = batch["input_ids"]
         length = input_ids.shape[1]
-        t = self.args.min_mask_ratio + (1.0 - self.args.min_mask_ratio) * noise.uniform()
+        uniform = noise.uniform()
         shortened = noise.uniform() < self.args.random_length_probability
         lengths = torch.where(shortened, 1 + noise.integers(length), length)
         attention_mask = (torch.arange(length, device=self.device) < lengths[:, None]).long()
-        return masked_diffusion_loss(
-            self.model, input_ids, attention_mask, self.tokenizer.mask_token_id, t, noise.uniform(length)
-        )
+        mask, u = self.tokenizer.mask_token_id, noise.uniform(length)
+        if self.args.loss == "k_dce":
+            return any_order_loss(self.model, input_ids, attention_mask, mask, 1 + (uniform * lengths).long(), u)
+        t = self.args.min_mask_ratio + (1.0 - self.args.min_mask_ratio) * uniform
+        return masked_diffusion_loss(self.model, input_ids, attention_mask, mask, t, u)
 
     def validate(self, folder: Path, step: int) -> dict[str, Any]:
         text = "\n\n".join(self._draw(seed) for seed in range(self.args.num_validation_texts))
@@ -114,6 +147,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--pretrained_model_name_or_path", required=True)
     parser.add_argument("--revision")
+    parser.add_argument(
+        "--loss",
+        default="lambda_dce",
+        choices=("lambda_dce", "k_dce"),
+        help="Whether the rate or the number of masks is drawn.",
+    )
     parser.add_argument("--min_mask_ratio", type=float, default=1e-3, help="Smallest t: bounds the weight 1 / t.")
     parser.add_argument(
         "--random_length_probability", type=float, default=0.01, help="Share of windows cut to a random length."

@@ -1,0 +1,157 @@
+"""What benchmarks of text samplers share: the zoo's language model, prompts that it never saw, and a judge.
+
+The judge is no network: an interpolated trigram model of the chapters that the language model was trained on. It knows nothing
+of masks, and is asked about text that follows a prompt. A low negative log-likelihood alone says little, since it is low for
+text that repeats itself, so the entropy of the tokens stands beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+import diffusers_ext as dx
+from benchmarks.data import load_kjv
+from diffusers_ext.metrics.text import token_entropy
+
+MODEL = "verses-mdlm"
+PROMPT = 8  # tokens
+
+
+@functools.cache
+def verses() -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    folder = dx.zoo_path(MODEL)
+    return AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
+
+
+def pipeline(scheduler: Any) -> Any:
+    """Our pipeline with a scheduler on the zoo's model."""
+    model, tokenizer = verses()
+    pipe = dx.MaskedDiffusionPipeline(model, scheduler, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def unseen(length: int) -> torch.Tensor:
+    """Windows `(n, length)` of chapters that the model never saw."""
+    ids = verses()[1](load_kjv("reference")).input_ids
+    return torch.tensor([row[i : i + length] for row in ids for i in range(0, len(row) - length + 1, length)])
+
+
+def prompts(count: int, length: int) -> torch.Tensor:
+    """Beginnings `(count, PROMPT)` of unseen windows of `length`, spread over all chapters."""
+    windows = unseen(length)
+    return windows[torch.linspace(0, len(windows) - 1, count).long(), :PROMPT]
+
+
+def prompts_near_ends(count: int, left: int) -> torch.Tensor:
+    """`(count, PROMPT)` tokens of unseen chapters, after which `left` tokens are left to the chapter's end."""
+    ids = [row for row in verses()[1](load_kjv("reference")).input_ids if len(row) >= PROMPT + left]
+    chosen = torch.linspace(0, len(ids) - 1, count).long().tolist()
+    return torch.tensor([ids[i][-PROMPT - left :][:PROMPT] for i in chosen])
+
+
+class TrigramJudge:
+    """Witten-Bell interpolation of trigrams, bigrams, unigrams and equal probability."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.after: dict[tuple[int, ...], Counter] = defaultdict(Counter)
+        for row in rows:
+            for i, token in enumerate(row):
+                for order in range(min(i, 2) + 1):
+                    self.after[tuple(row[i - order : i])][token] += 1
+
+    @classmethod
+    @functools.cache
+    def of_the_training_data(cls) -> TrigramJudge:
+        tokenizer = verses()[1]
+        return cls(tokenizer(load_kjv("generator")).input_ids, len(tokenizer))
+
+    def probability(self, token: int, context: tuple[int, ...]) -> float:
+        seen = self.after.get(context)
+        lower = self.probability(token, context[1:]) if context else 1 / self.vocabulary
+        if not seen:
+            return lower
+        total, kinds = seen.total(), len(seen)
+        return (seen[token] + kinds * lower) / (total + kinds)
+
+    def nats_per_token(self, rows: torch.Tensor, given: int) -> list[float]:
+        """Negative log-likelihood of each of `rows` `(n, length)` after its first `given` tokens."""
+        result = []
+        for row in rows.tolist():
+            nats = [-math.log(self.probability(row[i], tuple(row[i - 2 : i]))) for i in range(given, len(row))]
+            result.append(sum(nats) / len(nats))
+        return result
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A way to decode: a scheduler and the arguments of the call."""
+
+    scheduler: Any
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoder made of the prompts.
+
+    Attributes:
+        tokens: `(n, gen_length)`.
+        nats: of each text, per token, by the judge.
+        entropy: of the tokens of each text, in nats.
+        calls: of the model, of each text.
+        blocks: lengths of the blocks of each text.
+    """
+
+    tokens: torch.Tensor
+    nats: list[float]
+    entropy: list[float]
+    calls: list[int]
+    blocks: list[list[int]]
+
+    @property
+    def row(self) -> list[float]:
+        """For a table: the means of judge, entropy and calls."""
+        return [sum(values) / len(values) for values in (self.nats, self.entropy, self.calls)]
+
+
+COLUMNS = ["judge, nats a token", "entropy of tokens, nats", "calls a text"]
+
+
+def decode(
+    name: str, decoder: Decoder, count: int, gen_length: int, starts: torch.Tensor | None = None, batch: int = 32
+) -> Decoded:
+    """Texts of `count` prompts, or of `starts`; text i is drawn with seed i."""
+    pipe = pipeline(decoder.scheduler)
+    starts = prompts(count, PROMPT + gen_length) if starts is None else starts
+    tokens, calls, blocks = [], [], []
+    for first in tqdm(range(0, count, batch), desc=name):
+        ids = starts[first : first + batch]
+        found = pipe(
+            input_ids=ids,
+            gen_length=gen_length,
+            generator=[torch.Generator().manual_seed(first + i) for i in range(len(ids))],
+            stop_at_eos=False,
+            output_type="seq",
+            **decoder.call,
+        )
+        tokens.append(found.sequences)
+        calls += found.num_calls
+        blocks += found.block_lengths
+    made = torch.cat(tokens)
+    nats = TrigramJudge.of_the_training_data().nats_per_token(torch.cat([starts, made], 1), PROMPT)
+    return Decoded(made, nats, token_entropy(made).tolist(), calls, blocks)
