@@ -1,0 +1,34 @@
+"""Calibrated post-training quantization of denoisers: one core, one short file a method.
+
+    import diffusers_ext as dx
+    pipe = dx.quantization.calibrate(pipe, dx.PTQConfig(method="q_diffusion", weight_bits=4, act_bits=8), prompts=prompts)
+    pipe.save_pretrained("small")              # packed; stock `from_pretrained` loads it after `import diffusers_ext`
+
+What lies where, in the order in which a calibration goes through it:
+
+- `config`: `PTQConfig`, all settings; also what a saved model says of itself.
+- `methods`: `PTQMethod`, what a paper may change: defaults of the settings, which steps are recorded, the order of the
+  stages. `ptq4dm`, `q_diffusion`, `fp_quant_diffusion` derive from it.
+- `calibration`: `calibrate`, from a pipeline to a quantized one.
+- `recording`: the calibration set, calls of the denoiser that the pipeline made.
+- `structure`: layers, concatenated inputs, attention and blocks of a denoiser, found by running it once. It also tells which
+  layers see the timestep only.
+- `session`: the model during calibration and the stages: place weights, round them, place activations, learn scales.
+- `grids`: the values that tensors may take, integers and floating point. `observers`: where a grid is placed.
+- `rounding`: what is learnt against full precision, block by block; further finetuning has its place here.
+- `layers`, `attention`: what is quantized, while it is calibrated and as it is kept. `packing`: codes in bytes.
+- `int8`: the same by integer products. `quanto`: optimum-quanto as another backend.
+- `loader`: the diffusers quantizer, which saves and loads.
+"""
+
+import sys
+
+from .calibration import calibrate
+from .config import PTQConfig
+from .loader import PTQQuantizer, register
+from .methods import PTQMethod
+
+quantization = sys.modules[__name__]  # what the lazy name `diffusers_ext.quantization` resolves to
+register()
+
+__all__ = ["PTQConfig", "PTQMethod", "PTQQuantizer", "calibrate", "quantization", "register"]

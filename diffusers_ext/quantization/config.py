@@ -1,0 +1,205 @@
+"""The settings of calibrated quantization, which are also what a saved model says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from .grids import FLOAT_MANTISSAS, UNIFORM_BITS
+from .layers import LayerForm
+from .methods import METHODS, defaults_of
+
+QUANT_METHOD = "diffusers_ext_ptq"
+FORMAT_VERSION = 1
+BACKENDS = ("native", "quanto")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "weight_format": ("int", "float"),
+    "act_format": ("int", "float"),
+    "backend": BACKENDS,
+    "arithmetic": ("simulated", "int8"),
+    "timesteps": ("uniform", "normal", "noisiest", "cleanest"),
+    "weight_range": ("minmax", "search"),
+    "act_range": ("minmax", "running", "search"),
+    "rounding": ("nearest", "adaround"),
+}
+
+
+class PTQQuantMethod(StrEnum):
+    """What diffusers reads as `quant_method`: it wants a string that is a member of an Enum."""
+
+    PTQ = QUANT_METHOD
+
+
+@dataclass(kw_only=True)
+class PTQConfig(QuantizationConfigMixin):
+    """Settings of calibrated post-training quantization; hand it to `dx.quantization.calibrate`.
+
+    What is None takes the default of `method`, and is filled in at once.
+
+    Args:
+        method: "minmax" (plain ranges), "ptq4dm", "q_diffusion", "fp_quant_diffusion".
+        weight_bits: of integers 2 to 8 or 16, of floats 4 or 8.
+        act_bits: of the inputs of layers; None leaves activations in float.
+        weight_format, act_format: "int" or "float".
+        symmetric: whether the grids of weights, and of activations with negative values, are symmetric.
+        end_bits: bits of weights and inputs of the first and the last layer that the sample goes through; None takes those
+            of all layers.
+        attention: quantize queries, keys, values, and what the softmax gives (with `act_bits` alone).
+        softmax_bits: of what the softmax gives; None leaves it in float.
+        split: give the two parts of concatenated inputs (skip connections of U-Nets) grids of their own.
+        timesteps: which inputs of the denoiser are recorded: "uniform" takes all samples of evenly spread steps, "normal" a
+            normally distributed step of each sample, "noisiest" and "cleanest" the first or the last step alone.
+        timestep_mean, timestep_std: of "normal", as shares of the run, counted from the image.
+        calibration_steps: how many steps of a run "uniform" takes.
+        weight_range: "minmax", or "search" for the best of shrunk ranges.
+        act_range: as well, or "running" for a running mean of the ranges of each recorded call.
+        search_from: smallest factor by which a search shrinks a range, in steps of 0.01.
+        search_power: p of the error |x_q - x|^p that a search makes least.
+        rounding: "nearest", or "adaround" for weights rounded so that the output of their block changes least.
+        rounding_iterations, rounding_rate, rounding_weight: of "adaround": iterations a block, learning rate, lambda.
+        scale_iterations, scale_rate: of learning the scales of activations, 0 for not.
+        exclude: names of modules to leave in float.
+        backend: "native", or "quanto" for weights and activations by the package optimum-quanto.
+        arithmetic: "simulated" computes in float with quantized values; "int8" with products of 8-bit integers where
+            weights and inputs have at most 8 bits; see `int8` for where that is fast.
+        layers: name -> [weight bits, activation bits, split] of what is quantized; `calibrate` fills it in.
+        attentions: names of the attention modules with quantized inputs; `calibrate` fills it in.
+        format_version: of what is stored.
+        quant_method: what diffusers knows it by.
+
+    Raises:
+        ValueError: a value is out of range, or a combination does not exist.
+    """
+
+    quant_method: Any = PTQQuantMethod.PTQ  # type: ignore[assignment]  # of ours, not of diffusers' Enum
+    method: str = "q_diffusion"
+    weight_bits: int = 8
+    act_bits: int | None = 8
+    weight_format: str | None = None
+    act_format: str | None = None
+    symmetric: bool | None = None
+    end_bits: int | None = None
+    attention: bool | None = None
+    softmax_bits: int | None = 8
+    split: bool | None = None
+    timesteps: str | None = None
+    timestep_mean: float = 0.4
+    timestep_std: float = 0.4
+    calibration_steps: int = 20
+    weight_range: str | None = None
+    act_range: str | None = None
+    search_from: float | None = None
+    search_power: float | None = None
+    rounding: str | None = None
+    rounding_iterations: int = 1000
+    rounding_rate: float = 1e-2
+    rounding_weight: float = 0.01
+    scale_iterations: int | None = None
+    scale_rate: float = 4e-3
+    exclude: list[str] = field(default_factory=list)
+    backend: str = "native"
+    arithmetic: str = "simulated"
+    layers: dict[str, list[int | None]] = field(default_factory=dict)
+    attentions: list[str] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        self.quant_method = PTQQuantMethod.PTQ
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` is {self.format_version!r}; this version of diffusers_ext reads {FORMAT_VERSION}."
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"`method` is {self.method!r}; allowed are {', '.join(METHODS)}.")
+        for name, value in {**defaults_of(self.method), **self._backend_settings()}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
+        self._check_numbers()
+        self._check_bits("weight_bits", self.weight_bits, self.weight_format)
+        if self.act_bits is not None:
+            self._check_bits("act_bits", self.act_bits, self.act_format)
+            if self.softmax_bits is not None:
+                self._check_bits("softmax_bits", self.softmax_bits, self.act_format)
+        if self.end_bits is not None:
+            self._check_bits("end_bits", self.end_bits, self.weight_format)
+            self._check_bits("end_bits", self.end_bits, self.act_format)
+        if not isinstance(self.exclude, list) or not all(isinstance(name, str) for name in self.exclude):
+            raise ValueError(f"`exclude` is {self.exclude!r}; a list of names of modules is needed.")
+        if self.backend == "quanto":
+            from .quanto import check_settings
+
+            check_settings(self)
+        elif self.arithmetic == "int8":
+            bits = (self.weight_bits, self.act_bits)
+            if "float" in (self.weight_format, self.act_format) or any(bit is None or bit > 8 for bit in bits):
+                raise ValueError(
+                    f"`arithmetic` is 'int8' with weights of {self.weight_format} {bits[0]} and activations of "
+                    f"{self.act_format} {bits[1]}; both must be integers of at most 8 bits."
+                )
+
+    def _backend_settings(self) -> dict[str, Any]:
+        """What the backend does, where the settings leave it open."""
+        if self.backend != "quanto":
+            return {}
+        from .quanto import SETTINGS
+
+        return SETTINGS
+
+    def _check_bits(self, name: str, bits: Any, form: str | None) -> None:
+        allowed = tuple(FLOAT_MANTISSAS) if form == "float" else UNIFORM_BITS
+        if isinstance(bits, bool) or bits not in allowed:
+            raise ValueError(f"`{name}` is {bits!r}; of format {form!r} there are {', '.join(map(str, allowed))}.")
+
+    def _check_numbers(self) -> None:
+        for name, least in (("calibration_steps", 1), ("rounding_iterations", 1), ("scale_iterations", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
+        ranges = {
+            "timestep_mean": (0, 1), "timestep_std": (0, 10), "search_from": (0.01, 1), "search_power": (0.1, 10),
+            "rounding_rate": (0, 10), "rounding_weight": (0, 1e6), "scale_rate": (0, 10),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"`{name}` is {value!r}; it must be a number from {low} to {high}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As diffusers calls it on what was saved.
+
+        Raises:
+            ValueError: another version wrote it, or it has unknown settings.
+        """
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if version != FORMAT_VERSION or unknown:
+            raise ValueError(
+                f"The model was saved in `format_version` {version!r} with settings {unknown} that are unknown here; this "
+                f"version of diffusers_ext reads {FORMAT_VERSION}."
+            )
+        config = cls(**config_dict)
+        unused = {name: value for name, value in kwargs.items() if not hasattr(config, name)}
+        for name in kwargs.keys() - unused.keys():
+            setattr(config, name, kwargs[name])
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All settings; diffusers prints them."""
+        return self.to_dict()
+
+    def form_of(self, name: str) -> LayerForm:
+        """How layer `name` is quantized, of those in `layers`."""
+        weight_bits, act_bits, split = self.layers[name]
+        assert weight_bits is not None and split is not None and self.weight_format and self.act_format
+        return LayerForm(
+            weight_bits, act_bits, split, self.weight_format, self.act_format, bool(self.symmetric), self.arithmetic
+        )

@@ -1,0 +1,128 @@
+"""The diffusers quantizer: what `save_pretrained` and stock `from_pretrained` of a quantized model call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from .. import _compat
+from .attention import attach, attached, detach
+from .config import QUANT_METHOD, PTQConfig
+from .layers import QuantizedLayer
+from .session import attention_inputs, put
+
+
+class PTQQuantizer(DiffusersQuantizer):
+    """Lays out a model for the tensors of a quantized one. It loads only what was calibrated before."""
+
+    requires_calibration = False  # it says so itself, in its own words
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: PTQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "`quantization_config` is a PTQConfig, which needs calibration: load the pipeline in full precision and call "
+                "`diffusers_ext.quantization.calibrate`."
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """None would make diffusers cast the tensors to the dtypes of empty ones."""
+        return torch_dtype or torch.float32
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config: PTQConfig = self.quantization_config
+        if config.backend == "quanto":
+            from . import quanto
+
+            quanto.lay_out(model, config)
+        else:
+            for name in config.layers:
+                put(model, name, QuantizedLayer(_layer(model, name), config.form_of(name)))
+            for name in config.attentions:
+                attach(_layer(model, name), attention_inputs(config, "meta"))
+        model.config.quantization_config = config
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        if self.quantization_config.backend != "quanto":
+            return False
+        from . import quanto
+
+        return quanto.is_part(model, param_name)
+
+    def create_quantized_param(
+        self, model: Any, param_value: torch.Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        from . import quanto
+
+        quanto.set_part(model, param_name, param_value.to(target_device))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # Tensors that are mapped from the file may be aligned otherwise, and results differ in the last bits: activations
+        # at the middle between two values of a grid would then be rounded the other way.
+        if self.quantization_config.backend == "quanto":
+            from . import quanto
+
+            quanto.finish(model, self.quantization_config)
+        else:
+            for module in model.modules():
+                for tensors in (module._parameters, module._buffers):
+                    for tensor in tensors.values():
+                        if tensor is not None and tensor.device.type == "cpu":
+                            tensor.data = tensor.data.clone()
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        if self.quantization_config.backend == "quanto":
+            raise ValueError("A model that optimum-quanto quantized cannot be dequantized; load it in full precision.")
+        for name in self.quantization_config.layers:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, QuantizedLayer)
+            put(model, name, layer.dequantized())
+        for name in attached(model):
+            detach(model.get_submodule(name))
+        _compat.set_private_config(model, "quantization_config", None)
+        vars(model).pop("quantization_method", None)
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark_quantized(model: Any, config: PTQConfig) -> None:
+    """Make a model say what `from_pretrained` makes a quantized one say."""
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = PTQQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+
+
+def register() -> None:
+    """Put the quantizer into diffusers' two maps; safe to call again."""
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PTQQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PTQConfig
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"The quantization settings name module {name!r}, and {type(model).__name__} has none: they were written for "
+            "another model or another version of diffusers."
+        ) from None
