@@ -7,12 +7,14 @@ names are those of the diffusers example scripts.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import math
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ from ._data import GlobalBatches, SampleNoise, collate, load_dataset
 logger = logging.getLogger(__name__)
 
 
+class Callback:
+    """What changes gradients or updates of a training, whatever is trained; a `Task` brings it.
+
+    Its state is kept in checkpoints, so that a resumed run goes on with the same bits.
+    """
+
+    def on_gradients(self) -> None:
+        """Gradients of a whole optimizer step are complete: averaged over the processes, unscaled, not clipped yet."""
+
+    def around_step(self, step: Callable[[], None]) -> None:
+        """Once an optimizer step; `step` is the optimizer's own, or that of the callback before this one."""
+        step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+
+
 class Task:
     """What a training script brings to the loop.
 
@@ -38,10 +61,12 @@ class Task:
         trained: the modules to train, by the name of the folder that each is saved in. Each has `save_pretrained` and
             a `from_pretrained` that restores it.
         on_device: entries of a batch that the loss wants on the device.
+        callbacks: see `Callback`; may be set in `prepare`.
     """
 
     trained: dict[str, nn.Module]
     on_device: tuple[str, ...] = ("pixel_values",)
+    callbacks: Sequence[Callback] = ()
 
     def dataset(self, args: argparse.Namespace) -> Dataset:
         """What to train on: rows are dictionaries, asked for by `(index, global sample number)`."""
@@ -100,6 +125,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     run.add_argument("--learning_rate", type=float, default=1e-4)
     run.add_argument("--lr_scheduler", default="constant")
     run.add_argument("--lr_warmup_steps", type=int, default=0)
+    run.add_argument(
+        "--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, on a GPU: a quarter of its state."
+    )
     run.add_argument("--adam_beta1", type=float, default=0.9)
     run.add_argument("--adam_beta2", type=float, default=0.999)
     run.add_argument("--adam_weight_decay", type=float, default=1e-2)
@@ -124,13 +152,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 def check_common_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        raise ValueError("Give exactly one of `--train_data_dir` and `--dataset_name`.")
+    sources = [name for name in ("prompts", "train_data_dir", "dataset_name") if hasattr(args, name)]
+    if len({getattr(args, name) for name in sources} - {None}) != 1:
+        allowed = ", ".join(f"`--{name}`" for name in sources[:-1])
+        raise ValueError(f"Give exactly one of {allowed} and `--{sources[-1]}`.")
     for name in (
         "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "resolution",
     ):  # fmt: skip
-        if getattr(args, name, 1) < 1:  # a text has no resolution
-            raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
+        value = getattr(args, name, None)  # a text has no resolution, and a teacher has its own
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
     if not 0.0 <= args.ema_decay < 1.0:
         raise ValueError(f"`--ema_decay` is {args.ema_decay}; it must lie in [0, 1).")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
@@ -151,6 +182,29 @@ class _Loss(nn.Module):
         return self._task[0].loss(batch, noise)
 
 
+def _optimizer(args: argparse.Namespace, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }  # fmt: skip
+    return (_adamw_8bit() if args.use_8bit_adam else torch.optim.AdamW)(parameters, **options)
+
+
+def _adamw_8bit() -> Any:
+    """AdamW of bitsandbytes.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            "`--use_8bit_adam` needs the `bitsandbytes` package: pip install 'diffusers_ext[quant]'"
+        ) from error
+    return AdamW8bit
+
+
 def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     """Train `task` and write the result to `args.output_dir`. Returns `{"steps", "loss", "seconds"}`."""
     check_common_arguments(args)
@@ -166,6 +220,12 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if args.use_8bit_adam:
+        if accelerator.device.type != "cuda":
+            raise ValueError(
+                f"`--use_8bit_adam` needs a GPU, and this run is on {accelerator.device.type!r}; leave it out."
+            )
+        _adamw_8bit()
     set_seed(args.seed)
     dataset = task.dataset(args)
     task.prepare(dataset, accelerator)
@@ -176,10 +236,7 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
         module.train()
         if args.gradient_checkpointing:
             module.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
-    )  # fmt: skip
+    optimizer = _optimizer(args, parameters)
     # The prepared scheduler steps once a process and optimizer step: lengths are scaled to keep steps what they say.
     scheduler = get_scheduler(
         args.lr_scheduler, optimizer,
@@ -191,6 +248,11 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
     loss_module, optimizer, scheduler = accelerator.prepare(loss_module, optimizer, scheduler)
     if ema is not None:
         ema.to(accelerator.device)
+    for callback in task.callbacks:
+        accelerator.register_for_checkpointing(callback)
+    optimizer_step = optimizer.step
+    for callback in task.callbacks:
+        optimizer_step = functools.partial(callback.around_step, optimizer_step)
     first_step = checkpoints.resume() if args.resume_from_checkpoint else 0
 
     if accelerator.is_main_process and args.report_to:
@@ -215,8 +277,8 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
             loss = loss_module(batch, SampleNoise(args.seed, batch["sample_id"], accelerator.device))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
+                _clip(accelerator, task.callbacks, parameters, args.max_grad_norm)
+                optimizer_step()
             scheduler.step()
             optimizer.zero_grad()
         running += loss.detach() / accumulate
@@ -258,6 +320,19 @@ def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
             upload_folder(output_dir, args.hub_model_id, token=args.hub_token)
     accelerator.end_training()
     return summary
+
+
+def _clip(
+    accelerator: Accelerator, callbacks: Sequence[Callback], parameters: list[nn.Parameter], limit: float
+) -> None:
+    """Clip the gradients, after the callbacks have seen them."""
+    if not callbacks:
+        accelerator.clip_grad_norm_(parameters, limit)
+        return
+    accelerator.unscale_gradients()
+    for callback in callbacks:
+        callback.on_gradients()
+    torch.nn.utils.clip_grad_norm_(parameters, limit)  # accelerate's would unscale once more, which fp16 refuses
 
 
 def _is_plain(value: Any) -> bool:
