@@ -13,6 +13,7 @@ active.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ def save(pipe: Any, folder: Path, rows: list[dict[str, Any]]) -> None:
                 arguments[f"{component}_lora_layers"] = _state_dict(part, name)
                 arguments[f"{component}_lora_adapter_metadata"] = _metadata(_configs(part)[name])
         pipe.save_lora_weights((folder / row["file"]).parent, weight_name=FILE_NAME, **arguments)
+        sort_metadata(folder / row["file"])
 
 
 @contextmanager
@@ -114,6 +116,17 @@ def base_models(pipe: Any) -> Iterator[None]:
     finally:
         for step in reversed(undo):
             step()
+
+
+def sort_metadata(file: Path) -> None:
+    """Give equal weights equal bytes: safetensors writes its metadata in an order that changes from file to file."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def validate(rows: Any) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ def training_card(
     summary: dict[str, Any],
     tags: list[str],
     library: str = "diffusers",
+    loading: str | None = None,
 ) -> str:
     """Markdown with metadata; names of local files are shortened to their last part.
 
@@ -30,6 +31,7 @@ def training_card(
         summary: what `train` returned: optimizer steps, seconds, processes.
         tags: for the Hub.
         library: the package that has the class.
+        loading: Python code that loads and uses it; None for `from_pretrained` of the class.
     """
     repo_id = args.hub_model_id or "path/to/this/folder"
     data: dict[str, Any] = {"library_name": library, "tags": ["diffusers_ext", "diffusers-training", *tags]}
@@ -44,13 +46,14 @@ def training_card(
             continue
         rows.append([f"`--{name}`", Path(str(value)).name if Path(str(value)).exists() else value])
     rows += [["optimizer steps", summary["steps"]], ["processes", summary["processes"]]]
+    code = f"from {library} import {class_name}\n\nmodel = {class_name}.from_pretrained({repo_id!r})"
     picture = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
     body = render(
         "_training",
         title=repo_id.rpartition("/")[2] if args.hub_model_id else class_name,
         what=f"A `{class_name}` trained with `diffusers_ext.training.{script}`.",
         samples=f"![samples](samples/{picture[-1].name})" if picture else "",
-        loading=f"```python\nfrom {library} import {class_name}\n\nmodel = {class_name}.from_pretrained({repo_id!r})\n```",
+        loading=f"```python\n{code if loading is None else loading}\n```",
         settings=table(["setting", "value"], rows),
     )
     return card_text(data, body)

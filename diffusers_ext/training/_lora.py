@@ -96,22 +96,11 @@ class TrainableLora(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `pytorch_lora_weights.safetensors` with rank and alpha in it, for `pipe.load_lora_weights(folder)`."""
         _loras.save(self._pipeline, Path(folder), [{"adapter_name": NAME, "file": _loras.FILE_NAME}])
-        _sort_metadata(Path(folder, _loras.FILE_NAME))
+        _loras.sort_metadata(Path(folder, _loras.FILE_NAME))
 
     def detach(self) -> None:
         """Take the LoRA off: the denoiser has the layers that it had before, all frozen."""
         self._model.unload_lora()
-
-
-def _sort_metadata(file: Path) -> None:
-    """Give equal weights equal bytes: safetensors writes its metadata in an order that changes from file to file."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def _is_model(pipeline: Any, name: str) -> bool:
@@ -162,6 +151,4 @@ def lora_card(args: argparse.Namespace, script: str, summary: dict[str, Any], ta
     base, repo = args.pretrained_model_name_or_path, args.hub_model_id or "path/to/this/folder"
     base = "path/to/the/base/pipeline" if Path(base).exists() else base
     code = loading.replace("REPO", json.dumps(repo)).replace("BASE", json.dumps(base)).strip()
-    text = training_card(args, script, "LoRA", summary, ["lora", *tags])
-    start, end = "## How to load it\n\n", "\n\n## How it was trained"
-    return text[: text.index(start)] + f"{start}```python\n{code}\n```" + text[text.index(end) :]
+    return training_card(args, script, "LoRA", summary, ["lora", *tags], loading=code)
