@@ -26,10 +26,10 @@ import diffusers_ext as dx
 from benchmarks._bench import OUTPUT
 from benchmarks._quality import ACCURACY_TOLERANCE, RMSE_TOLERANCE
 from benchmarks._record import Recorder, Samples
+from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel
 from benchmarks.data import FOLDER
 from benchmarks.zoo import _avatars
-from diffusers_ext import proofs
 from diffusers_ext.metrics import frechet_distance, rmse
 from diffusers_ext.training._loop import picture_grid
 
@@ -51,8 +51,8 @@ def trained(script: Callable[[list[str]], None], name: str, flags: Iterable[str]
         name: of the training, for example `perflow/K4-seed0`.
         flags: its arguments without the output folder.
     """
-    source = proofs.source_hash(script.__module__)[:12]
-    folder = OUTPUT / "cache" / f"{name}-{source}"
+    flags = list(flags)
+    folder = training_folder(name, script.__module__, flags)
     if not (folder / "README.md").is_file():  # the last that is written
         script([*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest"])
     return folder

@@ -6,8 +6,8 @@
         comparisons={"over_minmax_W8A8": ("W8A8", "W8A8_minmax", 0.0)},
     )
 
-Every variant is calibrated on the same prompts or classes, which are not those of the pictures, and from other seeds. Calibrated
-models are kept in `outputs/bench/cache`, so that a broken run goes on; the minutes that their calibration took are kept with
+Every variant is calibrated on the same captions, which are not those of the pictures, or on the same classes, and from other
+seeds. Calibrated models are kept in `outputs/bench/cache`, so that a broken run goes on; the minutes that their calibration took are kept with
 them. A claim about two variants is the difference of their PSNR to full precision, paired by pictures.
 """
 

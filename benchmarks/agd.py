@@ -24,9 +24,9 @@ import diffusers_ext as dx
 from benchmarks._bench import OUTPUT, Benchmark
 from benchmarks._quality import ACCURACY_TOLERANCE, RMSE_TOLERANCE, denoiser_cost
 from benchmarks._record import Recorder, Samples
+from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.zoo import _avatars
-from diffusers_ext import proofs
 from diffusers_ext.metrics import bootstrap_interval, rmse, time_ratio
 from diffusers_ext.training._data import SampleNoise, load_dataset
 from diffusers_ext.training._diffusion import Latents
@@ -106,8 +106,7 @@ class NoisedTask(AGDTask):
 
 def trained(states: str, seed: int) -> Path:
     """Folder of a trained adapter; trains it first, or goes on, where these sources have not finished it."""
-    source = proofs.source_hash("diffusers_ext.training.train_agd")
-    folder = OUTPUT / "cache" / f"agd-{source[:12]}" / f"{states}-{seed}"
+    folder = training_folder("agd", "diffusers_ext.training.train_agd", list(TRAINING)) / f"{states}-{seed}"
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         prompts = folder / "prompts.txt"

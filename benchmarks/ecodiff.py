@@ -24,13 +24,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
-from benchmarks._bench import OUTPUT, Benchmark
+from benchmarks._bench import Benchmark
 from benchmarks._quality import RMSE_TOLERANCE, denoiser_cost
 from benchmarks._record import Recorder, Samples
+from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.data import FOLDER, load_fashion_mnist
 from benchmarks.zoo import _avatars, _fashion
-from diffusers_ext import proofs
 from diffusers_ext.metrics import frechet_distance, rmse, time_ratio
 from diffusers_ext.models._groups import find_groups
 from diffusers_ext.training._data import SampleNoise
@@ -41,7 +41,7 @@ from diffusers_ext.training.train_ecodiff import EcoDiffTask, mask_penalty, pars
 MODELS = {"sd": ("avatars-sd", 3.0), "dit": ("fashion-dit", 4.0)}  # with the guidance scale
 STEPS, RATIOS, SEEDS, PICTURES, FIRST_SEED = 10, (0.1, 0.2, 0.3), (0, 1, 2), 128, 10**6
 TRAINING = {
-    "num_inference_steps": STEPS, "beta": 0.5, "mask_eps": 0.5, "train_batch_size": 4, "num_targets": 100, "learning_rate": 0.1,
+    "num_inference_steps": STEPS, "beta": 0.01, "mask_eps": 0.5, "train_batch_size": 4, "num_targets": 100, "learning_rate": 0.1,
     "checkpointing_steps": 20, "checkpoints_total_limit": 2, "num_validation_images": 1,
 }  # fmt: skip
 OPTIMIZER_STEPS = {"whole": 100, "single": 300}
@@ -84,7 +84,8 @@ class SingleStepTask(EcoDiffTask):
 def learned(label: str, kind: str, seed: int) -> dx.EcoDiffMasks:
     """Scores of a training; made, or gone on with, where it is not finished."""
     model, scale = MODELS[label]
-    work = OUTPUT / "cache" / f"ecodiff-{proofs.source_hash('diffusers_ext.training.train_ecodiff')[:12]}"
+    settings = [TRAINING, OPTIMIZER_STEPS, MODELS, weights(model)]
+    work = training_folder("ecodiff", "diffusers_ext.training.train_ecodiff", settings)
     folder = work / f"{label}-{kind}-{seed}"
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def learned(label: str, kind: str, seed: int) -> dx.EcoDiffMasks:
             "max_train_steps": OPTIMIZER_STEPS[kind], "output_dir": folder, "resume_from_checkpoint": "latest",
         }  # fmt: skip
         if label == "sd":
-            values["prompts"] = work / "prompts.txt"
+            values["prompts"] = work / f"prompts-{seed}.txt"
             captions = _avatars.captions("generator")[seed * 100 : (seed + 1) * 100]
             values["prompts"].write_text("\n".join(captions), encoding="utf-8")
         args = parse_args([text for name, value in values.items() for text in (f"--{name}", str(value))])

@@ -24,9 +24,9 @@ import diffusers_ext as dx
 from benchmarks._bench import OUTPUT, Benchmark
 from benchmarks._quality import ACCURACY_TOLERANCE, RMSE_TOLERANCE
 from benchmarks._record import Recorder, Samples
+from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.zoo import _avatars
-from diffusers_ext import proofs
 from diffusers_ext.metrics import bootstrap_interval, rmse, time_ratio
 from diffusers_ext.training.train_guided_distillation import few_step_scheduler
 from diffusers_ext.training.train_guided_distillation import main as train_student
@@ -51,8 +51,8 @@ BENCHMARK = Benchmark(
 
 def trained(seed: int) -> Path:
     """Folder of the student of 4 steps, with that of stage one in `checkpoint-guidance`; trains them first, or goes on."""
-    source = proofs.source_hash("diffusers_ext.training.train_guided_distillation")
-    folder = OUTPUT / "cache" / f"guided_distillation-{source[:12]}" / f"seed-{seed}"
+    work = training_folder("guided_distillation", "diffusers_ext.training.train_guided_distillation", list(TRAINING))
+    folder = work / f"seed-{seed}"
     if not (folder / "model_index.json").is_file():
         train_student([
             f"--pretrained_model_name_or_path={dx.zoo_path(MODEL)}", f"--output_dir={folder}", f"--seed={seed}",

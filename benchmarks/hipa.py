@@ -24,12 +24,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
-from benchmarks._bench import OUTPUT, Benchmark
+from benchmarks._bench import Benchmark
 from benchmarks._record import Recorder, Samples
+from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.data import FOLDER
 from benchmarks.zoo import _avatars
-from diffusers_ext import proofs
 from diffusers_ext.metrics import EfficientNetLite0, frechet_distance, high_frequency_energy_ratio
 from diffusers_ext.training._loop import train
 from diffusers_ext.training._teacher import Pairs
@@ -89,8 +89,11 @@ BENCHMARK = Benchmark(
 
 def work() -> Path:
     """Where these sources train."""
-    source = proofs.source_hash("diffusers_ext.training.train_hipa")
-    return OUTPUT / "cache" / f"hipa-{source[:12]}"
+    return training_folder(
+        "hipa",
+        "diffusers_ext.training.train_hipa",
+        [PAIRS, TRAINING, {label: own for label, (*_, own) in TRAININGS.items()}],
+    )
 
 
 def trained(label: str, seed: int) -> Path:

@@ -23,12 +23,12 @@ import torch
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
-from benchmarks._bench import OUTPUT, Benchmark
+from benchmarks._bench import Benchmark
 from benchmarks._record import Recorder, Samples
+from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.data import FOLDER
 from benchmarks.zoo import _avatars
-from diffusers_ext import proofs
 from diffusers_ext.metrics import EfficientNetLite0, frechet_distance, time_ratio
 from diffusers_ext.training.train_tiue_loopfree import main as train_student
 
@@ -54,8 +54,7 @@ BENCHMARK = Benchmark(
 
 def trained(label: str, seed: int) -> Path:
     """Folder of a student; trained, or gone on with, where it is not finished."""
-    source = proofs.source_hash("diffusers_ext.training.train_tiue_loopfree")
-    work = OUTPUT / "cache" / f"tiue_loopfree-{source[:12]}"
+    work = training_folder("tiue_loopfree", "diffusers_ext.training.train_tiue_loopfree", [STUDENTS, TRAINING])
     folder = work / f"{label}-{seed}"
     if not (folder / "model_index.json").is_file():
         work.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ and positions; anything else begins anew, so that a new prompt never meets old k
 windows of `LLaDA2Pipeline`) goes on. A pipeline that announces its runs and tells which sequence each row is
 (`MaskedDiffusionPipeline`, `scheduler.current_block`) may leave rows out of a call. Stored at most: keys and values of each
 layer and one row of logits, for each token of the batch; freed when an announced run ends, when the next run begins, or when
-it is disabled. Calls that need gradients compute everything and store nothing.
+it is disabled. Calls that need gradients compute everything and store nothing. A bare model whose weights were changed in place
+begins anew; weights that were replaced by others (another adapter, another module) are not noticed: disable the cache first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -241,6 +242,7 @@ class _Store:
     seen: torch.Tensor  # how many tokens each sees
     mask: torch.Tensor | None
     positions: torch.Tensor | None
+    versions: tuple[int, ...]  # of the weights: each change in place counts one up
     step: int = 0
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # (N, heads, L, head size) by layer
     values: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -337,6 +339,7 @@ class LMCacheRun:
     def __init__(self, rule: TokenRule, mask_token_id: int | None, shifted: bool) -> None:
         self.rule, self.mask_token_id, self.shifted = rule, mask_token_id, shifted
         self.num_layers = 0
+        self.parameters: Callable[[], Iterable[nn.Parameter]] = tuple  # of the model
         self.scheduler: Any = None
         self.end()
 
@@ -351,6 +354,9 @@ class LMCacheRun:
         self.store: _Store | None = None
         self.announced: torch.Tensor | None = None
         self._close()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self.parameters() if not p.is_inference())
 
     def _close(self) -> None:
         self.tokens: torch.Tensor | None = None
@@ -384,7 +390,7 @@ class LMCacheRun:
                 f"`positions` announced have shape {tuple(announced.shape)}, and the tokens {tuple(tokens.shape)}."
             )
         self.is_open = True
-        if hidden.requires_grad:
+        if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in self.parameters())):
             self.store = None
             return
         block = getattr(self.scheduler, "current_block", None)
@@ -398,7 +404,7 @@ class LMCacheRun:
         visible = _visible(mask) if self.rule.exact else None
         seen = torch.full_like(tokens, length) if visible is None else visible.sum(2).expand_as(tokens)
         if self.part is None or store is None:
-            self.store = _Store(names, tokens.clone(), ~masked, seen.clone(), mask, positions)
+            self.store = _Store(names, tokens.clone(), ~masked, seen.clone(), mask, positions, self._versions())
             self.part = _Part(None, length)
             return
         if length > store.tokens.shape[1]:
@@ -457,6 +463,8 @@ class LMCacheRun:
         if not self.rule.exact:
             same = ((tokens[:, :old_length] == old) | (old == self.mask_token_id) | (old < 0)).all()
         if not named:
+            if store.versions != self._versions():
+                return None
             if (positions is None) != (store.positions is None):
                 return None
             if positions is not None and store.positions is not None:
@@ -649,7 +657,7 @@ AttentionInterface.register(_INTERFACE, _attention)
 def _install(root: nn.Module, key: str, run: LMCacheRun) -> None:
     layout = find_layout(root)
     assert isinstance(layout, Layout)
-    run.num_layers = len(layout.layers)
+    run.num_layers, run.parameters = len(layout.layers), _compat.unwrap(root).parameters
     name = f"diffusers_ext.{key}"
     _compat.attach_hook(layout.embeddings, _ClockHook(run), f"{name}.clock")
     for i, (layer, attention) in enumerate(zip(layout.layers, layout.attentions, strict=True)):

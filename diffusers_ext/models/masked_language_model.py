@@ -168,9 +168,16 @@ class MaskedLanguageModel(ModelMixin, ConfigMixin):
             return timesteps.expand(len(input_ids))
         if not self.config.time_conditioning:
             return torch.zeros(len(input_ids), device=input_ids.device)
-        real = torch.ones_like(input_ids) if attention_mask is None or attention_mask.ndim != 2 else attention_mask
-        masked = (input_ids == self.config.mask_token_id) & real.bool()
-        return masked.sum(1) / real.bool().sum(1).clamp(min=1)
+        real = torch.ones_like(input_ids, dtype=torch.bool)  # what any token sees
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask.bool()
+        elif attention_mask is not None:
+            seen = attention_mask
+            if seen.dtype != torch.bool:
+                seen = seen > torch.finfo(seen.dtype).min / 2
+            real = seen[:, 0].any(1).expand(len(input_ids), -1)
+        masked = (input_ids == self.config.mask_token_id) & real
+        return masked.sum(1) / real.sum(1).clamp(min=1)
 
 
 # --- the diffusion transformer of MDLM and GIDD ----------------------------------------------------------------------

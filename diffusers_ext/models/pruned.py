@@ -103,6 +103,10 @@ def prune_model(model: ModelMixin, kept: Mapping[str, Sequence[int]]) -> Any:
             fit it.
     """
     cls = pruned_class(model)
+    if getattr(model, "peft_config", None) or getattr(model, "is_quantized", False):
+        raise ValueError(
+            "`model` has a LoRA or quantized weights; fuse or unload the LoRA, or load it in full precision."
+        )
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or {"_diffusers_hook", "_hf_hook"} & set(vars(module)):
             raise ValueError(f"`model` has a hook at {name or 'its root'}; switch off methods and offloading first.")

@@ -82,6 +82,13 @@ def checkpoint_format(config: dict[str, Any]) -> tuple[dict[str, Any], Callable[
     Raises:
         ValueError: another model, or settings that are not known here.
     """
+    try:
+        return _format(config)
+    except (KeyError, StopIteration) as error:
+        raise ValueError(f"The checkpoint's config lacks a setting that its network needs: {error!r}.") from error
+
+
+def _format(config: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], str | None]]:
     kind = str(config.get("model_type", "")).lower()
     if kind == "llada":
         return _llada(config), _llada_name
@@ -145,9 +152,9 @@ _LLADA_ROOT = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_
 
 def _llada_name(name: str) -> str:
     parts = name.removeprefix("model.").removeprefix("transformer.").split(".")
-    if parts[0] == "blocks":
+    if len(parts) == 4 and parts[0] == "blocks" and parts[2] in _LLADA_BLOCK:
         return f"model.layers.{parts[1]}.{_LLADA_BLOCK[parts[2]]}.{parts[3]}"
-    return f"{_LLADA_ROOT[parts[0]]}.{parts[1]}"
+    return f"{_LLADA_ROOT[parts[0]]}.{parts[1]}" if len(parts) == 2 and parts[0] in _LLADA_ROOT else name
 
 
 def _dit(config: dict[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,9 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
     - The model gets `input_ids`, `attention_mask` and `position_ids` by name, and nothing more. Which tokens changed is the
       difference to the call before. Rows whose input is as before are left out of a call (`step_cache`), and so are rows
       that are done, so that the rows of `input_ids` may become fewer and more again.
-    - During a call of the model `pipe.scheduler.current_block` is a `CurrentBlock`: which sequence each row is, the columns
-      of the current block, how many blocks and steps came before. Outside of calls it is None or not there. Where a policy
+    - From a call of the model until the scheduler's step after it is done, `pipe.scheduler.current_block` is a
+      `CurrentBlock`: which sequence each row is, the columns of the current block, how many blocks and steps came before.
+      Else it is None or not there, in callbacks too. Where a policy
       sizes blocks, the columns of a block's first call are those of the policy's window, of which the block is a part
       from the left.
     - With `attention="block_causal"` the columns after the current block are not passed; else all are.
@@ -158,7 +159,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             eos_token_id, mask_token_id: None takes those of the tokenizer, or the model.
             use_chat_template: whether a text prompt is a user's message where the tokenizer has a chat template.
             add_special_tokens: whether the tokenizer adds its special tokens to a prompt.
-            generator: one, or a list of one a row, by which a row is the same in every batch.
+            generator: one, or a list of one a row, by which a row is the same in every batch of rows whose blocks are
+                equally long.
             streamer: such as `transformers.TextStreamer`; gets the tokens of a single row as they are settled from the
                 left.
             output_type: "text" or "seq".
@@ -201,7 +203,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         }
         self._num_timesteps = decoder.most_steps(num_inference_steps, max_post_steps)
         self._interrupt = False
-        stream = _Stream(streamer, text, settles_early=max_post_steps == 0 and not decoder.revises)
+        revises = decoder.revises or self._edits(editing_threshold)
+        stream = _Stream(streamer, text, settles_early=max_post_steps == 0 and not revises)
         done = 0
         try:
             with self.progress_bar(total=self._num_timesteps) as bar:
@@ -212,7 +215,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
                             if step >= decoder.num_steps or max_post_steps == 0:
                                 break
                             continue
-                        if stop_at_eos and not decoder.revises:
+                        if stop_at_eos and not revises:
                             text.stop()
                         if callback_on_step_end is not None:
                             now = {"sequences": text.tokens, "changed": text.tokens != before}
@@ -243,6 +246,13 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         if not return_dict:
             return sequences, texts, calls, lengths
         return MaskedDiffusionOutput(sequences, texts, calls, lengths)
+
+    def _edits(self, editing_threshold: float | None) -> bool:
+        """Whether the stock scheduler may change tokens of a block that it has settled."""
+        if type(self.scheduler) is not BlockRefinementScheduler:
+            return False
+        given = self.scheduler.config.editing_threshold if editing_threshold is None else editing_threshold
+        return given is not None and given > 0
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
@@ -516,7 +526,10 @@ class _Decoder:
         settings = {**self.settings, "prompt_mask": self._prompt_mask(given[rows])}
         settings["generator"] = [generator[i] for i in rows.tolist()] if isinstance(generator, list) else generator
         taken = {name: value for name, value in settings.items() if self.scheduler_takes(name)}
-        after = scheduler.step(logits, step, block[rows], **taken).prev_sample
+        try:
+            after = scheduler.step(logits, step, block[rows], **taken).prev_sample
+        finally:
+            scheduler.__dict__.pop("current_block", None)
         after = torch.where(given[rows], block[rows], after)
         if step >= self.num_steps:
             self.unsettled[rows] = (after != block[rows]).any(1)

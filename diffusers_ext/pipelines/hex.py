@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import BlockRefinementScheduler
 from diffusers.utils import BaseOutput
 
 from ._masked_diffusion import MaskedDiffusionPipeline
@@ -71,7 +72,8 @@ def whole_text(text: Any) -> Any:
 class HEXPipeline(MaskedDiffusionPipeline):
     """Decodes each prompt with several block lengths and seeds, and lets the answers vote.
 
-    The components are those of `MaskedDiffusionPipeline`; `UnmaskingScheduler` is what the paper decodes with. The model must
+    The components are those of `MaskedDiffusionPipeline`, the scheduler one of this package: `UnmaskingScheduler` is what the
+    paper decodes with. The model must
     have been trained on all orders: one that is block-causal knows one block length.
     """
 
@@ -95,7 +97,7 @@ class HEXPipeline(MaskedDiffusionPipeline):
             prompt, messages, input_ids: as in `MaskedDiffusionPipeline`.
             block_lengths: lengths of the blocks, the experts; those above `gen_length` are one block.
             seeds_per_block: answers of each.
-            extractor: gives the answer of a text (a tuple of tokens without a tokenizer): anything that can be compared and
+            extractor: gives the answer of a text (a tuple of tokens without a tokenizer): anything that can be hashed and
                 sorted, or None where there is none.
             tie: "smallest_block" or "none", see `vote`.
             generator: of which the seeds of all samples are drawn.
@@ -112,6 +114,10 @@ class HEXPipeline(MaskedDiffusionPipeline):
             raise ValueError(f"`seeds_per_block` is {seeds_per_block!r}; a whole number of at least 1 is needed.")
         if tie not in TIES:
             raise ValueError(f"`tie` is {tie!r}; allowed are {' and '.join(map(repr, TIES))}.")
+        if type(self.scheduler) is BlockRefinementScheduler:
+            raise ValueError(
+                "`scheduler` is a BlockRefinementScheduler, which takes no generator a row; take `UnmaskingScheduler`."
+            )
         allowed = set(inspect.signature(MaskedDiffusionPipeline.__call__).parameters)
         for name in options:
             if name in (

@@ -23,6 +23,8 @@ What lies where, in the order in which a calibration goes through it:
 
 import sys
 
+import diffusers.quantizers.auto  # noqa: F401  # first: its import registers our quantizer, which imports this package
+
 from .calibration import calibrate
 from .config import PTQConfig
 from .loader import PTQQuantizer, register

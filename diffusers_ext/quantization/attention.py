@@ -118,8 +118,17 @@ def _with_quantized_inputs(cls: type) -> type:
             )
         return output
 
-    body = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_quantized_from": cls}
+    body = {
+        "forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_quantized_from": cls,
+        "__reduce_ex__": lambda self, protocol: (_revived, (cls,), self.__dict__),
+    }  # fmt: skip
     return type(cls.__name__, (cls,), body)
+
+
+def _revived(cls: type) -> Any:
+    """An object of the class that `_with_quantized_inputs` makes; no name leads to that class."""
+    made = _with_quantized_inputs(cls)
+    return made.__new__(made)  # type: ignore[call-overload]  # a class, of some kind
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -68,6 +68,9 @@ def calibrate(
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least 1.")
+    unknown = sorted(set(config.exclude) - dict(model.named_modules()).keys())
+    if unknown:
+        raise ValueError(f"`exclude` names {unknown}, which are no modules of this {type(model).__name__}.")
     runs = _runs(pipe, prompts, num_samples, batch_size, seed, call)
     config = dataclasses.replace(config, layers={}, attentions=[], exclude=list(config.exclude))
     method = method_of(config.method)

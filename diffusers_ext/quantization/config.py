@@ -46,8 +46,8 @@ class PTQConfig(QuantizationConfigMixin):
         act_bits: of the inputs of layers; None leaves activations in float.
         weight_format, act_format: "int" or "float".
         symmetric: whether the grids of weights, and of activations with negative values, are symmetric.
-        end_bits: bits of weights and inputs of the first and the last layer that the sample goes through; None takes those
-            of all layers.
+        end_bits: bits of weights and inputs of the first and the last layer that the sample goes through; None takes 8 for
+            "ptq4dm", and else those of all layers.
         attention: quantize queries, keys, values, and what the softmax gives (with `act_bits` alone).
         softmax_bits: of what the softmax gives; None leaves it in float.
         split: give the two parts of concatenated inputs (skip connections of U-Nets) grids of their own.

@@ -15,6 +15,8 @@ from .config import QUANT_METHOD, PTQConfig
 from .layers import QuantizedLayer
 from .session import attention_inputs, put
 
+_PLACES = ("weight_place", "input_place", "places")  # of grids, in float32 whatever the model is loaded in
+
 
 class PTQQuantizer(DiffusersQuantizer):
     """Lays out a model for the tensors of a quantized one. It loads only what was calibrated before."""
@@ -51,14 +53,25 @@ class PTQQuantizer(DiffusersQuantizer):
         self, model: Any, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         if self.quantization_config.backend != "quanto":
-            return False
+            return param_name.rpartition(".")[2] in _PLACES
         from . import quanto
 
         return quanto.is_part(model, param_name)
 
     def create_quantized_param(
-        self, model: Any, param_value: torch.Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
+        if self.quantization_config.backend != "quanto":
+            owner, _, name = param_name.rpartition(".")  # `param_value` is rounded to the model's dtype already
+            setattr(model.get_submodule(owner), name, state_dict[param_name].to(target_device, torch.float32))
+            return
         from . import quanto
 
         quanto.set_part(model, param_name, param_value.to(target_device))

@@ -69,6 +69,13 @@ def weight_place(
     return torch.stack(found, 1)
 
 
+def _some(values: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tensor:
+    """Values `(n,)` in random order; at most so many of them, drawn at random."""
+    if len(values) <= most:
+        return values[torch.randperm(len(values), generator=generator).to(values.device)]
+    return values[torch.randint(len(values), (most,), generator=generator).to(values.device)]
+
+
 class InputObserver:
     """Sees the inputs of a layer over the calibration set.
 
@@ -92,13 +99,12 @@ class InputObserver:
             parts = list(x.split(sizes, self.axis))
         self.ranges.append(torch.stack([torch.stack(torch.aminmax(part)) for part in parts], 1))
         if self.how == "search":
-            self.values.append([part.flatten() for part in parts])
-            self._thin()
-
-    def _thin(self) -> None:
-        """Keep every second value of all calls once there are many: all calls stay equally well known."""
-        while sum(parts[0].numel() for parts in self.values) > 2 * _KEPT:
-            self.values = [[part[::2].clone() for part in parts] for parts in self.values]
+            generator = torch.Generator().manual_seed(len(self.values))
+            self.values.append([_some(part.flatten(), _KEPT, generator) for part in parts])
+            # All calls stay equally well known: what was drawn at random may be cut short.
+            most = max(1, 2 * _KEPT // len(self.values))
+            if sum(parts[0].numel() for parts in self.values) > 4 * _KEPT:
+                self.values = [[part[:most].clone() for part in parts] for parts in self.values]
 
     def place(self, grid: Grid, factors: Sequence[float], power: float, symmetric: bool) -> torch.Tensor:
         """The place of the grid, `(numbers, groups)`.
@@ -117,9 +123,9 @@ class InputObserver:
             low = torch.where(low < 0, -high, 0)
         if self.how != "search":
             return grid.fit(low, high)
-        found = []
+        found, most = [], max(1, 2 * _KEPT // len(self.values))
         for group in range(ranges.shape[2]):
-            values = torch.cat([parts[group] for parts in self.values])[None]
+            values = torch.cat([parts[group][:most] for parts in self.values])[None]
             places = grid.places(low[group : group + 1], high[group : group + 1], factors)
             found.append(search(values, grid, places, power))
         return torch.cat(found, 1)

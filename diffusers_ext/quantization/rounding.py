@@ -6,7 +6,8 @@ and is learnt to minimise
 
 .. math:: \|f_q(x) - f(x)\|^2 + \lambda \sum_w \big(1 - |2h - 1|^\beta\big),
 
-the squared error summed over channels (axis 1) and averaged over the rest; :math:`\lambda` is 0 in the first 20 % of the
+the squared error summed over axis 1 (channels of convolutions, tokens of transformer blocks, whose :math:`\lambda` so has less
+weight) and averaged over the rest; :math:`\lambda` is 0 in the first 20 % of the
 iterations, then :math:`\beta` falls from 20 to 2. At the end h is 1 where :math:`\alpha \ge 0`, else 0. x is what the unit gets in
 the network with the weights quantized so far, f(x) what it gives in the full-precision network.
 

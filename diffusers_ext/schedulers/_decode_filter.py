@@ -22,7 +22,7 @@ class ParallelDecodeFilter(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, block_length: int = 32, hidden_size: int | None = None) -> None:
         super().__init__()
-        for name, value in (("block_length", block_length), ("hidden_size", hidden_size or 1)):
+        for name, value in (("block_length", block_length), ("hidden_size", 1 if hidden_size is None else hidden_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}; allowed are whole numbers of at least 1.")
         if hidden_size is None:

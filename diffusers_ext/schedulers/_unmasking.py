@@ -308,7 +308,8 @@ class UnmaskingScheduler(BlockRefinementScheduler):
             editing_threshold, minimal_topk: taken from pipelines that pass them; only the stock scheduler has a use for
                 them.
             prompt_mask: bool `(block,)` or `(batch, block)`, tokens that are not to change.
-            generator: one, or a list of one a row, by which a row is the same in every batch.
+            generator: one, or a list of one a row, by which a row is the same in every batch of rows whose blocks are
+                equally long.
             return_dict: False gives a tuple.
 
         Returns:

@@ -74,7 +74,7 @@ class EOSRejectionScheduler(UnmaskingScheduler):
         return low + (high - low) * self.progress(min(step, num_steps - 1), num_steps)
 
     def confidence(self, now: UnmaskingStep) -> torch.Tensor:
-        sure = super().confidence(now)
+        sure = now.probability(now.tokens, now.masked)  # a factor below 1 lowers no negative confidence
         return torch.where(now.tokens == self.config.eos_token_id, sure * self.gamma(now.step, now.num_steps), sure)
 
 
@@ -109,7 +109,7 @@ class AscendingStepScheduler(EOSRejectionScheduler):
 
     def confidence(self, now: UnmaskingStep) -> torch.Tensor:
         if self.config.eos_token_id is None:
-            return UnmaskingScheduler.confidence(self, now)
+            return now.probability(now.tokens, now.masked)
         return super().confidence(now)
 
     def quotas(self, block_length: int, num_inference_steps: int) -> list[int]:
@@ -117,6 +117,6 @@ class AscendingStepScheduler(EOSRejectionScheduler):
         if last < 1:
             raise ValueError(
                 f"`num_inference_steps` is {num_inference_steps}; {block_length} tokens take at most "
-                f"{block_length.bit_length()} steps that double."
+                f"{block_length.bit_length()} steps that double. `AscendingBlockPolicy` gives each block its number."
             )
         return [2**step for step in range(num_inference_steps - 1)] + [last]

@@ -135,8 +135,11 @@ class _ChainScheduler:
             self._followed.append(after.detach())
         self._visit, self._current = self._visit + 1, None
         if self._visit == count:
+            self._ended = [(generator, generator.get_state()) for generator in generators]
             self._end(after)
         if self._visit == 2 * count:
+            for generator, state in self._ended:  # as a run that takes no step again leaves them
+                generator.set_state(state)
             raise _Arrived
         number = self._number()
         if self._visit >= count:  # the first step's sample is nobody's output

@@ -224,14 +224,19 @@ def record_guided_runs(
         scales = low + (high - low) * noise.uniform()
         chosen = edges[:-1] + (noise.uniform(kept) * (edges[1:] - edges[:-1])).long()
         watch = _Watch(scales, chosen, keep, by_class, dtype)
-        state = torch.get_rng_state()
+        state = _random_states()
         with _watched(denoiser, watch):
             travel(pipe, arguments(ids.tolist(), noise.generators), _all_steps(steps))
-        if not torch.equal(state, torch.get_rng_state()):
+        if not all(map(torch.equal, state, _random_states())):
             raise ValueError(
                 f"`pipe` has a {type(pipe.scheduler).__name__}, which draws noise on the way; take one that does not."
             )
         write_guided_runs(file, watch.found | {"scale": scales, "condition": ids % len(conditions)})
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Of torch's own generators, from which a scheduler that is given none draws."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
 
 
 def _together(conditions: list[Any], name: str) -> dict[str, Any]:

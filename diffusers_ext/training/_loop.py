@@ -153,7 +153,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def check_common_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is loaded."""
     sources = [name for name in ("prompts", "train_data_dir", "dataset_name") if hasattr(args, name)]
-    if len({getattr(args, name) for name in sources} - {None}) != 1:
+    if sum(getattr(args, name) is not None for name in sources) != 1:
         allowed = ", ".join(f"`--{name}`" for name in sources[:-1])
         raise ValueError(f"Give exactly one of {allowed} and `--{sources[-1]}`.")
     for name in (
@@ -206,7 +206,7 @@ def _adamw_8bit() -> Any:
 
 
 def train(args: argparse.Namespace, task: Task) -> dict[str, Any]:
-    """Train `task` and write the result to `args.output_dir`. Returns `{"steps", "loss", "seconds"}`."""
+    """Train `task` and write the result to `args.output_dir`. Returns `{"steps", "seconds", "processes"}`."""
     check_common_arguments(args)
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -330,6 +330,8 @@ def _clip(
         accelerator.clip_grad_norm_(parameters, limit)
         return
     accelerator.unscale_gradients()
+    if accelerator.scaler is not None and not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+        return  # the scaler is going to leave this step out; callbacks that average must not see it
     for callback in callbacks:
         callback.on_gradients()
     torch.nn.utils.clip_grad_norm_(parameters, limit)  # accelerate's would unscale once more, which fp16 refuses

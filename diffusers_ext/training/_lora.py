@@ -74,6 +74,7 @@ class TrainableLora(nn.Module):
         model.add_adapter(config, NAME)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
+                parameter.data = parameter.data.float()
                 _put(self, self._component + "." + _OF_ADAPTER.sub(r".\1.", name), parameter)
 
     @property

@@ -26,7 +26,7 @@ def transition(
         epsilon: the predicted noise, `(n, ...)`.
         timesteps: of each sample, `(n,)` integers.
         sample: `(n, ...)`.
-        last_std: of the step to clean data.
+        last_std: of the last step.
     """
     levels = scheduler.alphas_cumprod.to(sample)
     before = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -36,7 +36,8 @@ def transition(
     variance = (1 - there) / (1 - here) * (1 - here / there)
     clean = (sample - (1 - here).sqrt() * epsilon) / here.sqrt()
     mean = there.sqrt() * clean + (1 - there - variance).clamp_min(0).sqrt() * epsilon
-    return mean, torch.where(there < 1, variance.sqrt(), torch.full_like(variance, last_std))
+    last = (timesteps == scheduler.timesteps[-1].to(timesteps)).reshape(there.shape)
+    return mean, torch.where(last, torch.full_like(variance, last_std), variance.sqrt())
 
 
 def log_density(mean: torch.Tensor, std: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,10 @@ class Process:
                 "betas is needed, as that of DDPM."
             )
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    def levels_digest(self) -> bytes:
+        """Hash of the noise levels."""
+        return hashlib.sha256(self._levels.cpu().numpy().tobytes()).digest()
 
     def alpha_sigma(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r""":math:`\alpha_t` and :math:`\sigma_t` in the dtype of `like`, on its device, in a shape that broadcasts against it.
@@ -219,7 +224,9 @@ class Teacher:
         height, width = (size, size) if isinstance(size, int) else size
         self.shape = (config.in_channels, height, width)
         self._empty: dict[str, Any] | None = None
-        self._marks = weight_marks(self.denoiser)  # now: a LoRA that comes later changes the names
+        parts = [getattr(pipeline, name, None) for name in (self.name, "text_encoder", "text_encoder_2")]
+        # Now: a LoRA that comes later changes the names.
+        self._marks = [weight_marks(part) for part in parts if isinstance(part, nn.Module)]
 
     def _process(self) -> Any:
         return Process.of(self.pipeline.scheduler)
@@ -371,8 +378,9 @@ class Teacher:
         return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0), return_dict=False)[0]
 
     def marks(self) -> str:
-        """A fingerprint of the denoiser's weights when the teacher was made, with the process and the latents' shape."""
-        digest = hashlib.sha256(self._marks.numpy().tobytes())
+        """A fingerprint of the weights when the teacher was made, with the process and the latents' shape."""
+        digest = hashlib.sha256(b"".join(marks.numpy().tobytes() for marks in self._marks))
+        digest.update(self.process.levels_digest())
         digest.update(repr((self.process.prediction_type, self.process.num_timesteps, self.shape)).encode())
         return digest.hexdigest()[:16]
 
@@ -487,8 +495,8 @@ class Pairs(Dataset):
         self._claim(facts, accelerator)
         numbers = range(-(-self.count // self.shard))
         rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-        missing = [number for number in numbers if not self._complete(number)]
-        for number in tqdm(missing[rank::world], desc="Pairs", unit="shard", disable=not missing[rank::world]):
+        missing = [number for number in numbers[rank::world] if not self._complete(number)]
+        for number in tqdm(missing, desc="Pairs", unit="shard", disable=not missing):
             self._make(number, solver, encode, batch_size, accelerator)
         if accelerator is not None:
             accelerator.wait_for_everyone()
@@ -507,7 +515,7 @@ class Pairs(Dataset):
                 )
         elif accelerator is None or accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / ".pairs.json"
+            partial = self.folder / f".pairs.json.{os.getpid()}"
             partial.write_text(json.dumps(facts, indent=2) + "\n")
             partial.rename(note)
         if accelerator is not None:
@@ -541,7 +549,7 @@ class Pairs(Dataset):
             conditions = encode([self.conditions[i % len(self.conditions)] for i in indices.tolist()])
             noises.append(noise)
             cleans.append(solver(noise.to(device), conditions).float().cpu())
-        partial = self.folder / f".{self.file(number).name}.partial"
+        partial = self.folder / f".{self.file(number).name}.{os.getpid()}"
         save_file({"noise": torch.cat(noises), "clean": torch.cat(cleans).contiguous()}, partial)
         partial.rename(self.file(number))
         _opened.cache_clear()

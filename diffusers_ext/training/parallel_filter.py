@@ -29,7 +29,8 @@ class OracleScheduler(UnmaskingScheduler):
 
     def commit(self, now: UnmaskingStep) -> torch.Tensor:
         assert self.current_block is not None
-        rows, columns = self.current_block.rows, self.current_block.columns
+        count = len(now.sample)  # with guidance, as many unconditional rows follow
+        rows, columns = self.current_block.rows[:count], self.current_block.columns[:count]
         self.right = self.final[rows].gather(1, columns)
         likeliest = torch.where(now.masked, now.tokens, now.logits.argmax(-1))
         correct = likeliest == self.right
@@ -68,7 +69,7 @@ def fit_parallel_filter(
     seed: int = 0,
     **options: Any,
 ) -> ParallelDecodeFilter:
-    """Train the filter for a model, in minutes: on the model's own texts after some prompts.
+    """Train the filter for a model, on the model's own texts after some prompts.
 
     Each prompt is decoded greedily one token a step, then replayed; of each step of the replay the confidences of the block
     are an input, and which of its likeliest tokens are final the target.
@@ -83,8 +84,19 @@ def fit_parallel_filter(
         options: other arguments of the pipeline, such as `mask_token_id`.
 
     Raises:
-        ValueError: `gen_length` is no multiple of `block_length`.
+        ValueError: `gen_length` is no multiple of `block_length`, or `options` have what gives rows of different lengths or
+            blocks that are cut.
     """
+    for name in ("attention_mask", "num_texts_per_prompt", "block_policy"):
+        if name in options:
+            raise ValueError(
+                f"`{name}` is given; prompts must be of one length, and are decoded once, in equal blocks."
+            )
+    if pipe.config.attention == "block_causal" and input_ids.shape[1] % block_length:
+        raise ValueError(
+            f"`input_ids` has {input_ids.shape[1]} tokens a row; a block-causal model needs a multiple of `block_length`, "
+            f"{block_length}."
+        )
     if block_length < 1 or gen_length % block_length:
         raise ValueError(f"`gen_length` is {gen_length}; it must be a multiple of `block_length`, {block_length}.")
     plain = copy.copy(pipe)

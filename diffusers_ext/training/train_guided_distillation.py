@@ -243,9 +243,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     args.guidance_scale = high
     args.validation_guidance_scale = min(max(args.validation_guidance_scale, low), high)
-    if args.time_cond_proj_dim < 2 or args.time_cond_proj_dim % 2:
+    if args.time_cond_proj_dim < 4 or args.time_cond_proj_dim % 2:
         raise ValueError(
-            f"`--time_cond_proj_dim` is {args.time_cond_proj_dim}; an even number of at least 2 is needed."
+            f"`--time_cond_proj_dim` is {args.time_cond_proj_dim}; an even number of at least 4 is needed."
         )
     pairs = list(zip(args.student_steps[:-1], args.student_steps[1:], strict=True))
     if any(steps < 1 for steps in args.student_steps) or any(before != 2 * after for before, after in pairs):

@@ -132,6 +132,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("windows", "solving_steps", "discrete_timesteps"):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
+    if args.discrete_timesteps > 1000:
+        raise ValueError(f"`--discrete_timesteps` is {args.discrete_timesteps}; it must be at most 1000.")
     if args.validation_inference_steps < args.windows:
         raise ValueError(
             f"`--validation_inference_steps` is {args.validation_inference_steps}; at least one a window is needed, "

@@ -65,7 +65,9 @@ class LoopfreeTask(TeacherTask):
         self.student_pipe = copy.copy(self.pipeline)
         self.student_pipe.unet = self.student
         spacing = {} if args.timestep_spacing is None else {"timestep_spacing": args.timestep_spacing}
-        self.student_pipe.scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config, **spacing)
+        self.student_pipe.scheduler = DDIMScheduler.from_config(
+            self.pipeline.scheduler.config, clip_sample=False, thresholding=False, **spacing
+        )
         enable(self.student_pipe, TiUELoopfreeConfig(steps=args.num_decoder_steps))
         self.scheduler = copy.deepcopy(self.student_pipe.scheduler)
         self.scheduler.set_timesteps(args.num_decoder_steps)
@@ -92,8 +94,9 @@ class LoopfreeTask(TeacherTask):
         run.begin(len(self.scheduler.timesteps), self.scheduler)
         latents, predicted = noise, []
         for t in self.scheduler.timesteps:
-            predicted.append(self.teacher.call(self.student, latents, t, condition))
-            latents = self.scheduler.step(predicted[-1], t, latents, return_dict=False)[0]
+            output = self.teacher.call(self.student, latents, t, condition)
+            predicted.append(self.teacher.process.data_and_noise(latents, output, t)[1])
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
         run.end()
         return latents, torch.cat(predicted)
 
@@ -114,8 +117,9 @@ class LoopfreeTask(TeacherTask):
         loss = distillation_loss(clean, gradient)
 
         self.fake.learn(self.fake_loss(clean.detach(), conditions, noise))
-        # A sum over all maps of all processes, whose losses are averaged.
-        return loss + args.lambda_kl * self.world * noise_divergence(predicted)
+        # A sum over all maps of all processes and accumulated batches, whose losses are averaged.
+        parts = self.world * args.gradient_accumulation_steps
+        return loss + args.lambda_kl * parts * noise_divergence(predicted)
 
     def fake_loss(self, clean: torch.Tensor, conditions: Any, noise: SampleNoise) -> torch.Tensor:
         r""":math:`\mathrm{mean} (\alpha_t (\epsilon_{LoRA} - \epsilon))^2`, without guidance; prompts are dropped by sample."""

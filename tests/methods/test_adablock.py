@@ -188,5 +188,8 @@ def test_the_snippet_of_the_card_runs():
     tokenizer = AutoTokenizer.from_pretrained(dx.zoo_path("verses-mdlm"))
     ends = torch.tensor(output.block_lengths[0]).cumsum(0) - 1
     delimiter = tokenizer("\n", add_special_tokens=False).input_ids
-    assert space["policy"].delimiter_ids == delimiter and len(ends) >= 1
+    assert space["policy"].delimiter_ids == delimiter
+    made, lengths = output.sequences[0], output.block_lengths[0]
+    for end, length in zip(ends.tolist()[:-1], lengths[:-1], strict=True):
+        assert length == space["policy"].default or made[end].item() in delimiter
     assert "## When not to use it" in method_card("adablock")

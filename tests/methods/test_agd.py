@@ -471,10 +471,8 @@ def test_faults_of_the_authors_code_are_not_here():
     """There `zero_init=True` draws the last weights of the attention adapter at random, and `False` makes them zero; and a
     prompt of more than 249 tokens has no positions, as that of Stable Diffusion 3 would be."""
     faults = json.loads(GOLDEN.read_text())["faults"]
-    assert faults == {
-        "largest last weight with zero_init": pytest.approx(faults["largest last weight with zero_init"]),
-        "positions": 250,
-    }
+    assert faults.keys() == {"largest last weight with zero_init", "positions"}
+    assert faults["positions"] == 250
     assert faults["largest last weight with zero_init"] > 0.1
     adapter = CrossAttentionAdapter(WIDTH, HIDDEN, 4.0, [TIME], PROMPT)
     assert not adapter.to_out.weight.any()

@@ -9,11 +9,12 @@ from torch import nn
 from diffusers_ext.cards import method_card, snippet
 from diffusers_ext.quantization.grids import FLOAT_MANTISSAS, FloatGrid, UniformGrid
 from diffusers_ext.quantization.layers import CalibratedLayer, LayerForm
-from diffusers_ext.quantization.observers import search, shrinks, weight_place
+from diffusers_ext.quantization.observers import _KEPT, InputObserver, search, shrinks, weight_place
 from diffusers_ext.quantization.packing import pack, unpack
 from diffusers_ext.quantization.rounding import Sample, learn_rounding
 from tests import ptq
 from tests.common.suite import CommonCase
+from tests.fresh import run_fresh
 
 COMMON = CommonCase(make=ptq.maker("tiny-ddpm", "tiny-flux", method="fp_quant_diffusion"))
 exact = pytest.mark.proof("exact")
@@ -174,3 +175,21 @@ def test_card():
     scope: dict = {}
     exec(compile(quick, "card", "exec"), scope)
     assert scope["image"].size == (32, 32)
+
+
+@pytest.mark.proof("exact")
+def test_a_search_sees_all_calls_and_all_channels_alike():
+    """Of many calls with more values than are kept: as many of each, and of every channel."""
+    observer, calls, channels = InputObserver(-1, 0, "search"), 6, 64
+    for call in range(calls):
+        x = torch.arange(channels).float().expand(2 * _KEPT // channels, channels) + call * channels
+        observer(x)
+    most = 2 * _KEPT // calls
+    kept = torch.cat([parts[0][:most] for parts in observer.values])
+    assert torch.equal(torch.bincount((kept / channels).long()), torch.full((calls,), most))
+    assert len((kept % channels).unique()) == channels
+
+
+@pytest.mark.proof("exact")
+def test_the_config_may_be_what_is_used_first():
+    run_fresh("import diffusers_ext as dx\ndx.PTQConfig()")

@@ -126,12 +126,10 @@ def test_off_is_bit_equal_and_failure_leaves_nothing():
         with session.full_precision():
             assert all(torch.equal(call.run(pipe.unet).sample, y) for call, y in zip(calls, plain, strict=True))
     require_unchanged(pipe, before, "after a session")
-    config = PTQConfig(method="ptq4dm")
     with pytest.raises(RuntimeError, match="mid"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "place_inputs", lambda self: (_ for _ in ()).throw(RuntimeError("mid")))
         ptq.quantized(pipe, method="ptq4dm")
     require_unchanged(pipe, before, "after a failure")
-    assert config.layers == {}
 
 
 @exact

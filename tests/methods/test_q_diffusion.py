@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +66,7 @@ def test_split_with_equal_places_is_unsplit():
 @exact
 def test_split_gives_each_part_its_own_range():
     torch.manual_seed(0)
-    layer, x = nn.Conv2d(6, 5, 1), torch.cat([torch.randn(2, 2, 4, 4) * 20, torch.randn(2, 4, 4, 4)], 1)
+    x = torch.cat([torch.randn(2, 2, 4, 4) * 20, torch.randn(2, 4, 4, 4)], 1)
     observers = [InputObserver(1, split, "minmax") for split in (0, 2)]
     errors = []
     for split, observer in zip((0, 2), observers, strict=True):
@@ -81,7 +80,6 @@ def test_split_gives_each_part_its_own_range():
         for part, slow in zip(quantized.split([p.shape[1] for p in parts], 1), expected, strict=True):
             assert torch.allclose(part.flatten(), torch.tensor(slow), atol=1e-5)
     assert errors[1] < errors[0] / 3
-    assert layer.weight.shape[1] == 6
 
 
 @exact
@@ -303,6 +301,6 @@ def test_card():
     quick = code.replace("num_inference_steps=20", "num_inference_steps=2")
     quick = quick.replace("rounding_iterations=1000", "rounding_iterations=1, scale_iterations=1")
     assert quick != code
-    scope: dict = {"SimpleNamespace": SimpleNamespace}
+    scope: dict = {}
     exec(compile(quick, "card", "exec"), scope)
     assert scope["image"].size == (32, 32)

@@ -317,3 +317,14 @@ def test_the_snippets_of_the_card_run(tmp_path, monkeypatch):
         exec(compile(snippet, "card", "exec"), names)
     assert names["image"].size == (28, 28)
     assert "2301.13362" in card
+
+
+@pytest.mark.proof("exact")
+@pytest.mark.parametrize("steps", [2, 6, 7, 10, 15, 24])
+def test_the_last_step_has_the_std_that_was_asked_for(steps):
+    """Also where trailing spacing ends at a timestep from which one step more does not lead below zero."""
+    scheduler = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    scheduler.set_timesteps(steps)
+    sample = torch.zeros(steps, 1, 2, 2)
+    _, std = transition(scheduler, sample, scheduler.timesteps, sample, last_std=0.05)
+    assert std.flatten()[-1] == pytest.approx(0.05) and (std.flatten()[:-1] != 0.05).all()
