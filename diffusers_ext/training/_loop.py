@@ -153,7 +153,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def check_common_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work, before anything is loaded."""
     sources = [name for name in ("prompts", "train_data_dir", "dataset_name") if hasattr(args, name)]
-    if sum(getattr(args, name) is not None for name in sources) != 1:
+    # By value: trainings on prompts alone give them as `train_data_dir` as well.
+    if len({getattr(args, name) for name in sources} - {None}) != 1:
         allowed = ", ".join(f"`--{name}`" for name in sources[:-1])
         raise ValueError(f"Give exactly one of {allowed} and `--{sources[-1]}`.")
     for name in (
