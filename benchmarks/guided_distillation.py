@@ -28,7 +28,7 @@ from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.zoo import _avatars
 from diffusers_ext.metrics import bootstrap_interval, rmse, time_ratio
-from diffusers_ext.training.train_guided_distillation import few_step_scheduler
+from diffusers_ext.training._teacher import few_step_scheduler
 from diffusers_ext.training.train_guided_distillation import main as train_student
 
 MODEL, SCALE, PICTURES, SEEDS = "avatars-sd", 3.0, 128, (0, 1, 2)

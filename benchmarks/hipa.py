@@ -11,10 +11,7 @@ Learning rates, cut-off, weight and number of steps were chosen on other seeds, 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +22,15 @@ from tqdm.auto import tqdm
 
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
+from benchmarks._feature_nets import nets
 from benchmarks._record import Recorder, Samples
 from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
-from benchmarks.data import FOLDER
 from benchmarks.zoo import _avatars
-from diffusers_ext.metrics import EfficientNetLite0, frechet_distance, high_frequency_energy_ratio
+from diffusers_ext.metrics import frechet_distance, high_frequency_energy_ratio
 from diffusers_ext.training._loop import train
-from diffusers_ext.training._teacher import Pairs
-from diffusers_ext.training.train_hipa import HiPATask, one_step_scheduler, parse_args
+from diffusers_ext.training._teacher import Pairs, few_step_scheduler
+from diffusers_ext.training.train_hipa import HiPATask, parse_args
 
 MODEL, TEACHER_STEPS, SCALE, SEEDS = "avatars-sd", 20, 3.0, (0, 1, 2)
 PICTURES, FIRST_SEED, CUTOFF = 632, 10**6, 4.0
@@ -118,22 +115,12 @@ def trained(label: str, seed: int) -> Path:
 def student(label: str, seed: int) -> tuple[Any, int]:
     """A pipeline of one step, and how many of its parameters were trained."""
     pipe, folder = ZooModel(MODEL).pipe, trained(label, seed)
-    pipe.scheduler = one_step_scheduler(pipe.scheduler)
+    pipe.scheduler = few_step_scheduler(pipe.scheduler)
     if (folder / "unet").is_dir():
         pipe.unet = type(pipe.unet).from_pretrained(folder / "unet")
         return pipe, sum(parameter.numel() for parameter in pipe.unet.parameters())
     pipe.load_lora_weights(folder)
     return pipe, sum(parameter.numel() for name, parameter in pipe.unet.named_parameters() if ".lora_" in name)
-
-
-@functools.cache
-def nets() -> dict[str, tuple[Callable[[np.ndarray], torch.Tensor], torch.Tensor]]:
-    """Two unrelated feature nets, each with its features of real pictures of held-out captions."""
-    rows = json.loads((FOLDER / "avatars_splits.json").read_text())["reference"]
-    real = np.load(FOLDER / "avatars.npz")["image"][rows] / 255.0
-    judge = dx.AvatarJudge.from_pretrained(dx.zoo_path("avatars-judge")).eval()
-    features = {"judge": judge.features, "efficientnet": EfficientNetLite0.from_package().features}
-    return {name: (net, net(real)) for name, net in features.items()}
 
 
 class Found:
@@ -177,7 +164,7 @@ def measure(recorder: Recorder) -> None:
     zoo = ZooModel(MODEL)
     many = Found(zoo, zoo.pipe, TEACHER_STEPS, SCALE)
     plain = ZooModel(MODEL).pipe
-    plain.scheduler = one_step_scheduler(plain.scheduler)
+    plain.scheduler = few_step_scheduler(plain.scheduler)
     one = Found(zoo, plain, 1, 0.0, many.pictures)
     rows = [["base, 20 guided steps", None, None, *many.row()], ["base, one step", None, None, *one.row()]]
     found: dict[str, list[Found]] = {}

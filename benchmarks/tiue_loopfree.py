@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,12 @@ from tqdm.auto import tqdm
 
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
+from benchmarks._feature_nets import nets
 from benchmarks._record import Recorder, Samples
 from benchmarks._trainings import training_folder
 from benchmarks._zoo import ZooModel, weights
-from benchmarks.data import FOLDER
 from benchmarks.zoo import _avatars
-from diffusers_ext.metrics import EfficientNetLite0, frechet_distance, time_ratio
+from diffusers_ext.metrics import frechet_distance, time_ratio
 from diffusers_ext.training.train_tiue_loopfree import main as train_student
 
 MODEL, SEEDS, PICTURES, FIRST_SEED = "avatars-sd", (0, 1, 2), 632, 10**6
@@ -74,16 +72,6 @@ def student(label: str, seed: int) -> Any:
     pipe = dx.Pipeline.from_pretrained(trained(label, seed))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@functools.cache
-def nets() -> dict[str, tuple[Callable[[np.ndarray], torch.Tensor], torch.Tensor]]:
-    """Two unrelated feature nets, each with its features of real pictures of held-out captions."""
-    rows = json.loads((FOLDER / "avatars_splits.json").read_text())["reference"]
-    real = np.load(FOLDER / "avatars.npz")["image"][rows] / 255.0
-    judge = dx.AvatarJudge.from_pretrained(dx.zoo_path("avatars-judge")).eval()
-    features = {"judge": judge.features, "efficientnet": EfficientNetLite0.from_package().features}
-    return {name: (net, net(real)) for name, net in features.items()}
 
 
 class Found:

@@ -240,3 +240,23 @@ def test_what_cannot_be_led_is_refused():
         with pytest.raises(RuntimeError, match=message):
             backpropagate(broken, DDIMScheduler(), loss_of, list(denoiser.parameters()))
         assert torch.is_grad_enabled()
+
+
+def test_the_global_generator_goes_on_as_after_a_plain_run():
+    """Steps that are taken again draw the same noise again; what is drawn next must not be noise of this run."""
+    weight = torch.ones(1, requires_grad=True)
+
+    def loop(scheduler):
+        scheduler.set_timesteps(3)
+        x = torch.ones(1, 1, 2, 2)
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.1 * weight * x, t, x).prev_sample
+
+    after = []
+    for checkpoint in (True, False):
+        torch.manual_seed(0)
+        backpropagate(
+            loop, DDPMScheduler(clip_sample=False), lambda x: x.square().mean(), [weight], checkpoint=checkpoint
+        )
+        after.append(torch.rand(3))
+    assert torch.equal(*after)

@@ -271,8 +271,14 @@ def test_the_scheduler_tells_what_is_decoded_during_calls_only():
     pipe.model.forward = forward
     prompts = [torch.tensor([1, 2]), torch.tensor([MASK])]
     options = {"input_ids": prompts, "gen_length": 2, "block_length": 2, "guidance_scale": 2.0}
-    call(pipe, **options)
-    assert pipe.scheduler.current_block is None
+    between = []
+
+    def callback(pipe, step, timestep, tensors):
+        between.append(pipe.scheduler.current_block)
+        return {}
+
+    call(pipe, **options, callback_on_step_end=callback)
+    assert between and set(between) == {None} and pipe.scheduler.current_block is None
     assert seen[0] == ([0, 1, 2, 3], [[2, 3], [0, 1], [2, 3], [0, 1]], 0, 0)
     assert seen[1][2:] == (0, 1) and seen[-1] == ([1, 3], [[2], [2]], 1, 0)
 

@@ -39,6 +39,7 @@ from .. import _compat
 from ..enabling import HookConfig
 from ._plan import first_input, uninstall
 from ._tokens import take
+from ._values import is_count
 
 _INTERFACE = "diffusers_ext_lm_cache"
 _BACKENDS = ("sdpa", "eager")
@@ -193,7 +194,7 @@ def check_integer(name: str, value: Any, least: int, optional: bool = False) -> 
     """Raise `ValueError` unless `value` is an integer of at least `least`, or, where `optional`, None."""
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         allowed = f"an integer of at least {least}" + (", or None" if optional else "")
         raise ValueError(f"`{name}` is {value!r}; it must be {allowed}.")
 

@@ -115,8 +115,7 @@ def high_frequency_promoting_loss(
         target: x, of the same shape.
         features: gives feature maps of pictures, such as `EncoderFeatures`, or any other network that you have; None: the
             spatial loss is of pixels alone.
-        hf_weight: :math:`\lambda`; 0 is the spatial loss alone. Edges are large numbers: at 0.1 this part is about a third of the
-            spatial one on untrained one-step pictures of this project's zoo, at 1 it is three times as much.
+        hf_weight: :math:`\lambda`; 0 is the spatial loss alone. Edges are large numbers: 1 may outweigh the spatial part.
         cutoff: see `high_pass`; None takes `default_cutoff`. Of white noise, 95 % of the energy lies above that default:
             choose it by the spectrum of the pictures.
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -383,6 +383,20 @@ class Teacher:
         digest.update(self.process.levels_digest())
         digest.update(repr((self.process.prediction_type, self.process.num_timesteps, self.shape)).encode())
         return digest.hexdigest()[:16]
+
+
+def few_step_scheduler(scheduler: Any) -> DDIMScheduler:
+    r"""DDIM whose first step begins at the last timestep T, and whose last ends at clean data.
+
+    One step is :math:`z_0 = (z_T - \sigma_T \epsilon) / \alpha_T`, or :math:`\alpha_T z_T - \sigma_T v`. Other settings miss it:
+    with "leading" spacing one step is at timestep 1, and without `set_alpha_to_one` it ends at the noise of timestep 0.
+
+    Args:
+        scheduler: whose noise levels and prediction type it has.
+    """
+    return DDIMScheduler.from_config(
+        scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False
+    )
 
 
 def guidance_embedding(w: torch.Tensor, dimension: int) -> torch.Tensor:

@@ -22,14 +22,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from ._card import training_card
 from ._data import SampleNoise
 from ._diffusion import Latents
 from ._loop import setup_logging, train
-from ._teacher import CLEAN, Conditions, Process, Teacher, TeacherTask, add_teacher_arguments, check_teacher_arguments
+from ._teacher import (
+    CLEAN,
+    Conditions,
+    Process,
+    Teacher,
+    TeacherTask,
+    add_teacher_arguments,
+    check_teacher_arguments,
+    few_step_scheduler,
+)
 
 WEIGHTINGS = ("truncated_snr", "snr", "snr_plus_one")
 
@@ -145,13 +154,6 @@ def halving_loss(
     wanted = halving_target(teacher, x, times, conditions, scales)
     found = teacher.call(student, x, times[0], conditions.given, scales)
     return _error(teacher.process, found, wanted, times[0], weighting)
-
-
-def few_step_scheduler(scheduler: Any) -> DDIMScheduler:
-    """DDIM on the levels of `step_levels`: the first step begins at the last timestep, the last ends at clean data."""
-    return DDIMScheduler.from_config(
-        scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False
-    )
 
 
 class GuidedDistillationTask(TeacherTask):

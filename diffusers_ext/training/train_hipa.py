@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ._data import SampleNoise
 from ._high_frequency import EncoderFeatures, check_high_frequency, high_frequency_promoting_loss
 from ._loop import setup_logging, train
 from ._lora import TrainableLora, add_lora_arguments, check_lora, lora_card
-from ._teacher import Pairs, TeacherTask, add_teacher_arguments, check_teacher_arguments
+from ._teacher import Pairs, TeacherTask, add_teacher_arguments, check_teacher_arguments, few_step_scheduler
 
-__all__ = ["HiPATask", "high_frequency_promoting_loss", "main", "one_step_scheduler", "parse_args"]
+__all__ = ["HiPATask", "few_step_scheduler", "high_frequency_promoting_loss", "main", "parse_args"]
 
 LOADING = """
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -39,28 +39,13 @@ image = pipe("a prompt", height={side}, width={side}, num_inference_steps=1, gui
 """
 
 
-def one_step_scheduler(scheduler: Any) -> DDIMScheduler:
-    r"""DDIM whose only step goes from the last timestep T to :math:`z_0 = (z_T - \sigma_T \epsilon) / \alpha_T`, or
-    :math:`\alpha_T z_T - \sigma_T v`.
-
-    Other settings miss it: with "leading" spacing the one step is at timestep 1, and without `set_alpha_to_one` it ends at
-    the noise of timestep 0.
-
-    Args:
-        scheduler: whose noise levels and prediction type it has.
-    """
-    return DDIMScheduler.from_config(
-        scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False
-    )
-
-
 class HiPATask(TeacherTask):
     on_device = ("noise", "clean")
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
         self.features = EncoderFeatures(self.pipeline.vae)
-        self.scheduler = one_step_scheduler(self.pipeline.scheduler)
+        self.scheduler = few_step_scheduler(self.pipeline.scheduler)
         self.scheduler.set_timesteps(1)
         set_seed(args.seed)  # the LoRA's first weights belong to the run
         self.trained = self.attach()
@@ -100,7 +85,7 @@ class HiPATask(TeacherTask):
 
     def student_pipeline(self) -> DiffusionPipeline:
         pipeline = copy.copy(self.pipeline)
-        pipeline.scheduler = one_step_scheduler(self.pipeline.scheduler)
+        pipeline.scheduler = few_step_scheduler(self.pipeline.scheduler)
         return pipeline
 
     def save(self, folder: Path) -> None:

@@ -537,3 +537,14 @@ def test_the_snippets_of_the_card_run(tmp_path, monkeypatch):
         exec(compile(snippet, "card", "exec"), names)
     assert isinstance(names["pipe"].unet, dx.PrunedUNet2DConditionModel) and names["image"].size == (32, 32)
     assert "2412.02852" in card
+
+
+@exact
+@pytest.mark.parametrize("target", ["to_q", "proj_in"])
+def test_a_lora_is_refused_wherever_it_is(target):
+    from peft import LoraConfig
+
+    model = unet()
+    model.add_adapter(LoraConfig(r=2, target_modules=[target]))
+    with pytest.raises(ValueError, match="has a LoRA"):
+        dx.prune_model(model, {})

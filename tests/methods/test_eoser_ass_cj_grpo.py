@@ -178,3 +178,14 @@ def test_the_snippet_of_the_card_runs():
     exec(snippet("eoser_ass_cj_grpo"), space)
     assert space["output"].num_calls == [6] and space["output"].texts
     assert "## When not to use it" in method_card("eoser_ass_cj_grpo")
+
+
+@pytest.mark.proof("exact")
+def test_a_confidence_below_zero_does_not_put_end_of_text_first():
+    """`from_config` of a scheduler that goes by entropy: a factor below 1 would raise what is negative."""
+    config = dx.UnmaskingScheduler(confidence="entropy").config
+    scheduler = dx.EOSRejectionScheduler.from_config(config, eos_token_id=1, gamma_min=0.1)
+    scheduler.set_timesteps(2, block_length=2)
+    logits = torch.tensor([[[0.0, 2.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]])
+    result = scheduler.step(logits, 0, torch.full((1, 2), 3), mask_token_id=3)
+    assert result.transfer_index.tolist() == [[False, True]]

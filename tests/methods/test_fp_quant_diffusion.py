@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from diffusers_ext.cards import method_card, snippet
@@ -193,3 +196,21 @@ def test_a_search_sees_all_calls_and_all_channels_alike():
 @pytest.mark.proof("exact")
 def test_the_config_may_be_what_is_used_first():
     run_fresh("import diffusers_ext as dx\ndx.PTQConfig()")
+
+
+@pytest.mark.proof("loads")
+def test_half_precision_pickle_and_wrong_names(pipe, tmp_path):
+    """Places of grids stay in float32 in a model loaded in half precision; a quantized model is pickled; names that match
+    nothing are refused before anything is done."""
+    with pytest.raises(ValueError, match=r"`exclude` names \['conv_outt'\]"):
+        ptq.quantized(pipe, method="minmax", exclude=["conv_outt"])
+    ptq.quantized(pipe, method="minmax", attention=True)
+    state = pipe.unet.state_dict()
+    pipe.unet.save_pretrained(tmp_path)
+    half = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float16).state_dict()
+    places = [name for name in state if name.endswith(("weight_place", "input_place", "places"))]
+    assert places and all(torch.equal(half[name], state[name]) and half[name].dtype == torch.float32 for name in places)
+    copied = pickle.loads(pickle.dumps(pipe.unet))
+    x, t, states = torch.randn(1, 4, 8, 8), torch.tensor(500), torch.randn(1, 3, pipe.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        assert torch.equal(copied(x, t, states).sample, pipe.unet(x, t, states).sample)

@@ -18,9 +18,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import diffusers_ext as dx
-from diffusers_ext.training._teacher import CLEAN, Conditions, Process, Teacher, guidance_embedding
+from diffusers_ext.training._teacher import CLEAN, Conditions, Process, Teacher, few_step_scheduler, guidance_embedding
 from diffusers_ext.training.train_guided_distillation import (
-    few_step_scheduler,
     guidance_distillation_loss,
     halving_loss,
     halving_target,

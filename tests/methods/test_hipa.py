@@ -18,11 +18,11 @@ from diffusers_ext.registry import get_method
 from diffusers_ext.training._data import SampleNoise
 from diffusers_ext.training._high_frequency import EncoderFeatures, edges, high_pass, spatial_loss
 from diffusers_ext.training._lora import NAME, TrainableLora
+from diffusers_ext.training._teacher import few_step_scheduler
 from diffusers_ext.training.train_hipa import (
     HiPATask,
     high_frequency_promoting_loss,
     main,
-    one_step_scheduler,
     parse_args,
 )
 from tests.common import trainer
@@ -209,7 +209,7 @@ def test_the_loss_is_that_of_a_slow_derivation():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_one_step_is_the_pipelines_and_gives_clean_latents(prediction_type, tmp_path):
     task = HiPATask(args_for(tmp_path))
-    task.scheduler = one_step_scheduler(
+    task.scheduler = few_step_scheduler(
         DDIMScheduler.from_config(task.pipeline.scheduler.config, prediction_type=prediction_type)
     )
     task.scheduler.set_timesteps(1)
@@ -233,7 +233,7 @@ def test_the_one_step_is_the_pipelines_and_gives_clean_latents(prediction_type, 
 @exact
 def test_an_untrained_lora_is_bit_equal_to_the_base(tmp_path):
     pipe = avatars()
-    pipe.scheduler = one_step_scheduler(pipe.scheduler)
+    pipe.scheduler = few_step_scheduler(pipe.scheduler)
     call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "np"}
 
     def draw():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +26,7 @@ from diffusers_ext.training.train_mmd_ddm import (
     parse_args,
     shown,
 )
+from tests.card_snippets import run_card
 from tests.common.suite import CommonCase
 from tests.test_trainers import unconditional
 
@@ -269,14 +269,7 @@ def test_the_result_is_a_stock_pipeline_for_as_many_steps(tmp_path, monkeypatch)
 
 @pytest.mark.proof("card")
 def test_the_snippets_of_the_card_run(tmp_path, monkeypatch):
-    from diffusers_ext.cards import method_card
-
     monkeypatch.chdir(tmp_path)
-    card = method_card("mmd_ddm")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets, "the card shows how to call it"
-    names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), names)
+    card, names = run_card("mmd_ddm")
     assert names["image"].size == (28, 28)
     assert "2301.07969" in card

@@ -87,3 +87,24 @@ def test_layers_with_other_masks_and_times_are_refused():
     )  # fmt: skip
     with pytest.raises(ValueError, match="needs layers that all have the same mask"):
         dx.enable(model, dx.BlockCausalCacheConfig())
+
+
+def test_gradients_and_changed_weights():
+    """Calls for training are as without the cache, whichever weights are trained; weights changed in place are noticed."""
+    model = tiny("sdar")
+    model.requires_grad_(False)
+    trained = dict(model.named_parameters())
+    name = next(name for name in trained if name.endswith("v_proj.weight"))
+    trained[name].requires_grad_(True)
+    dx.enable(model, dx.BlockCausalCacheConfig())
+    tokens = masked_tokens(2)
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=tokens).logits.square().mean().backward()
+        assert trained[name].grad.abs().sum() > 0
+    before = logits(model, tokens)
+    with torch.no_grad():
+        trained[name].mul_(3)
+    after = logits(model, tokens)
+    dx.disable(model)
+    assert torch.equal(after, logits(model, tokens)) and not torch.equal(after, before)

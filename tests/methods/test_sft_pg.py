@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from diffusers_ext.training._data import SampleNoise, collate, generator_for, load_dataset
 from diffusers_ext.training._policy import log_density, transition
 from diffusers_ext.training.train_sft_pg import _DRAWN, _ORDER, Critic, SFTTask, Value, main, parse_args, policy_loss
+from tests.card_snippets import run_card
 from tests.common.suite import CommonCase
 from tests.methods.test_mmd_ddm import grey_pictures
 from tests.test_trainers import unconditional
@@ -306,15 +306,8 @@ def test_a_run_resumed_within_a_round_is_bit_equal(tmp_path):
 
 @pytest.mark.proof("card")
 def test_the_snippets_of_the_card_run(tmp_path, monkeypatch):
-    from diffusers_ext.cards import method_card
-
     monkeypatch.chdir(tmp_path)
-    card = method_card("sft_pg")
-    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert snippets, "the card shows how to call it"
-    names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "card", "exec"), names)
+    card, names = run_card("sft_pg")
     assert names["image"].size == (28, 28)
     assert "2301.13362" in card
 
