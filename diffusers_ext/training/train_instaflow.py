@@ -18,7 +18,6 @@ import argparse
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -56,11 +55,21 @@ def one_step_loss(velocity: Velocity, noise: torch.Tensor, clean: torch.Tensor) 
     return reflow_loss(velocity, noise, clean, torch.zeros(len(noise), device=noise.device))
 
 
+class Lines:
+    """Straight lines from noise to data, where a teacher of diffusion has a `Process`."""
+
+    prediction_type, num_timesteps = "data minus noise", NOISE_TIMESTEP
+
+    def levels_digest(self) -> bytes:
+        """Nothing: lines have no schedule."""
+        return b""
+
+
 class FlowTeacher(Teacher):
     """A teacher whose denoiser predicts data minus noise, as the result of reflow."""
 
     def _process(self) -> Any:
-        return SimpleNamespace(prediction_type="data minus noise", num_timesteps=NOISE_TIMESTEP)
+        return Lines()
 
     @torch.no_grad()
     def sample(
