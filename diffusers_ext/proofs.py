@@ -33,8 +33,9 @@ SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 
 _PACKAGE = "diffusers_ext"
-# Tables of all methods. They are no part of any one method: a row added there must not make every other result stale.
-_TABLES = (f"{_PACKAGE}.registry",)
+# No part of any one method: the table of all methods, and what records results and writes cards about them. A row added or a
+# card worded differently must not make results stale. They have tests of their own.
+_ABOUT_METHODS = tuple(f"{_PACKAGE}.{name}" for name in ("registry", "proofs", "cards", "training._card"))
 # A list of numbers in indented JSON. Strings in JSON hold no line end, so there is no match in one.
 _NUMBERS = re.compile(r"\[\n([-+.\w\s,]+)\]")
 _HASHES = {"measured": "source_hash", "proved": "proofs_hash"}  # parts of a result, and the hash that each carries
@@ -122,7 +123,7 @@ def module_sources(module: str) -> dict[str, Path]:
     from a package counts as the module that defines it: the package's `__init__` is searched for where it takes the
     name from (also under `TYPE_CHECKING`, where lazy packages say so), and itself counts only if it defines the name,
     or if the package is imported as a whole. The `__init__` files that Python runs on the way to a submodule do not
-    count, and neither does the registry, a table of all methods.
+    count, and neither do the registry, a table of all methods, and what records results and writes cards.
 
     Args:
         module: dotted name. It is not imported.
@@ -165,7 +166,7 @@ class _Walk:
         self._add(module, module)
 
     def _add(self, module: str, user: str) -> None:
-        if module in self.found or module in _TABLES:
+        if module in self.found or module in _ABOUT_METHODS:
             return
         path = _find(module)
         if path is None:

@@ -155,7 +155,7 @@ def two_pipelines(case: Case, world: World) -> None:
     require(all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "two pipelines disturb each other")
 
 
-@SUITE.rule()
+@SUITE.rule(slow=True)
 def compiled_eagerly(case: Case, world: World) -> None:
     """`torch.compile` traces the quantized model (backend "eager") and the result is the same."""
     stock = first_home(case, world)

@@ -159,15 +159,17 @@ def test_the_ends_of_the_uniform_numbers():
 
 @exact
 def test_float32_gumbel_noise_would_lose_them():
-    """The fault that the paper reports: an explicit Gumbel-max in float32 misses rare outcomes, 20 expected ones here."""
+    """The fault that the paper reports: an explicit Gumbel-max in float32 misses rare outcomes, 8 expected ones here."""
     generator, rare = torch.Generator().manual_seed(0), 2000
     logits = torch.cat([torch.zeros(1), torch.full((rare,), math.log(4e-5 / rare))])
     hidden = seen = 0
-    for _ in range(25):
+    for _ in range(10):
         u = torch.rand(20_000, rare + 1, generator=generator)
-        hidden += int((torch.argmax(logits - torch.log(-torch.log(u)), -1) > 0).sum())
+        # Noise rises with u and the rare logits are equal, so the greatest u of them stands for all.
+        common, best = (-torch.log(-torch.log(each)) for each in (u[:, 0], u[:, 1:].amax(-1)))
+        hidden += int((logits[1] + best > logits[0] + common).sum())
         seen += int((dx.safe_categorical(logits.expand(20_000, -1), generator) > 0).sum())
-    assert hidden <= 6 <= seen <= 40
+    assert hidden <= 2 < 4 <= seen <= 16
 
 
 @exact
