@@ -66,7 +66,9 @@ def of_zoo(name: str, guidance_scale: float | None) -> dx.DPMSolverV3Statistics:
         call |= {**FLUX, "true_cfg_scale": guidance_scale, "negative_prompt": [""] * ZOO["batch_size"]}
     elif guidance_scale is not None:
         call |= {"guidance_scale": guidance_scale}
-    conditions = count if guidance_scale is None else _avatars.captions("generator")[:count]
+    conditions: Any = count if guidance_scale is None else _avatars.captions("generator")[:count]
+    if name == "fashion-dit":
+        conditions = [i % 10 for i in range(count)]  # classes
     return collect(f"{name}-{guidance_scale}", pipe, conditions, **call)
 
 

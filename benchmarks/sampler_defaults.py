@@ -1,0 +1,267 @@
+"""Our samplers with their defaults on all image models of the zoo, against the best that diffusers has at equal calls.
+
+    python -m benchmarks.sampler_defaults              # measures; writes data/sampler_defaults.json, a page and a drawing
+    python -m benchmarks.sampler_defaults --model fashion-dit      # measures one again, and keeps what the record has of others
+    python -m benchmarks.sampler_defaults --render     # writes the page and the drawing from the record alone
+
+One default a method, fixed before: what is searched or trained for a number of calls (DC-Solver, AutoDiffusion), and what
+leaves the path of the equation (Gaussian teleport), has its own benchmark. A sampler is below the best of diffusers' at a
+number of calls where the whole 95 % interval of the mean difference, by a bootstrap over pictures of the same seeds, is below
+zero. The best is chosen for each model and number of calls by the same pictures, which favours it. Fréchet distances to real
+pictures are of the best three of ours, by errors at 5 and 8 calls, and of the best of diffusers'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import diffusers_ext as dx
+from benchmarks import _plot, dpm_solver_v3
+from benchmarks._feature_nets import nets
+from benchmarks._grounds import CACHE, PictureGround
+from benchmarks._quality import Variant
+from benchmarks._record import machine, versions
+from benchmarks._sampler_peers import Sampler, is_flow, peers_of, variant_of
+from benchmarks._samplers import error_against_calls
+from benchmarks._zoo import ZooModel
+from benchmarks.data import load_fashion_mnist
+from benchmarks.zoo import _fashion
+from diffusers_ext.cards import table
+from diffusers_ext.metrics import bootstrap_interval, distance_difference, frechet_distance
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD, PAGE = Path(__file__).parent / "data" / "sampler_defaults.json", Path("docs") / "sampler_defaults.md"
+DRAWING = PAGE.with_suffix(".png")
+MODELS: dict[str, float | None] = {"avatars-sd": 3.0, "avatars-flow": 3.0, "fashion-ddpm": None, "fashion-dit": 4.0}
+CALLS, FEW, PICTURES, REFERENCE_STEPS = (5, 8, 12, 20), (5, 8), 64, 200
+DRAWN, REAL = 256, 2000  # pictures of Fréchet distances
+OURS: dict[str, Variant] = {
+    "UnifiedSolverScheduler": Variant("USF, Taylor 3, corrected", scheduler=dx.UnifiedSolverScheduler),
+    "EVODiffScheduler": Variant("EVODiff", scheduler=dx.EVODiffScheduler),
+    "GHVBScheduler": Variant("GHVB", scheduler=dx.GHVBScheduler),
+}
+FLOW = {"FlowMatchPseudoCorrectorScheduler": Variant("FlowTurbo", scheduler=dx.FlowMatchPseudoCorrectorScheduler)}
+
+
+def of_model(name: str, scale: float | None, flow: bool) -> dict[str, Sampler]:
+    """Class of the scheduler -> sampler, of those that fit."""
+    statistics = functools.partial(dpm_solver_v3.of_the_zoo, name, scale)
+    v3 = {"DPMSolverV3Scheduler": dpm_solver_v3.variants(statistics)["v3"]}
+    return OURS | v3 | (FLOW if flow else {})
+
+
+class _Pictures(PictureGround):
+    def draw(self, sampler: Sampler, calls: int) -> np.ndarray:
+        """The pictures of a run of as many steps as `run` would make."""
+        variant = variant_of(sampler, calls)
+        return self._generate(variant, variant.steps or self.steps[id(sampler), calls], self.units)[0]
+
+    steps: dict[tuple[int, int], int]
+
+
+def measure_model(name: str, scale: float | None) -> dict[str, Any]:
+    """Errors of all samplers by calls, differences to the best of diffusers', and Fréchet distances of the best."""
+    zoo = ZooModel(name)
+    ground = _Pictures(zoo, scale, PICTURES, reference_steps=REFERENCE_STEPS, cache=CACHE)
+    flow = is_flow(zoo.pipe.scheduler)
+    ours, peers = of_model(name, scale, flow), peers_of(type(zoo.pipe).__name__, flow)
+    runs, steps = {}, {}
+    with tqdm(total=len(CALLS) * len({**ours, **peers}), desc=name, unit="run") as bar:
+        for label, sampler in {**ours, **peers}.items():
+            for calls in CALLS:
+                runs[label, calls] = ground.run(label, sampler, calls)
+                steps[id(sampler), calls] = runs[label, calls].steps
+                bar.update()
+    errors = {label: {calls: runs[label, calls].errors for calls in CALLS} for label in {**ours, **peers}}
+    best = {calls: min(peers, key=lambda peer: float(errors[peer][calls].mean())) for calls in CALLS}
+    rows = []
+    for label in errors:
+        for calls in CALLS:
+            low, high = bootstrap_interval(errors[label][calls], np.median)
+            row: dict[str, Any] = {
+                "sampler": label, "ours": label in ours, "calls": calls, "made": runs[label, calls].calls,
+                "mean": float(errors[label][calls].mean()), "median": float(np.median(errors[label][calls])),
+                "interval": [low, high],
+            }  # fmt: skip
+            if label in ours:
+                difference = errors[label][calls] - errors[best[calls]][calls]
+                row |= {"over": best[calls], "difference": float(difference.mean()),
+                        "difference_interval": list(bootstrap_interval(difference, np.mean))}  # fmt: skip
+            rows.append(row)
+
+    def few(label: str) -> float:
+        """Geometric mean of the mean errors at few calls."""
+        return float(np.exp(np.mean([np.log(errors[label][calls].mean()) for calls in FEW])))
+
+    chosen = [*sorted(ours, key=few)[:3], min(peers, key=few)]
+    many = _Pictures(zoo, scale, DRAWN, reference_steps=REFERENCE_STEPS, cache=CACHE)
+    many.steps = steps
+    everyone = {**ours, **peers}
+    distances = _distances(name, {label: everyone[label] for label in chosen}, many)
+    return {"guidance_scale": scale, "errors": rows, "distances": distances}
+
+
+def _distances(name: str, samplers: Mapping[str, Sampler], ground: _Pictures) -> list[dict[str, Any]]:
+    """Fréchet distances, and how much less than that of the last sampler, by net and calls."""
+    found = []
+    for calls in FEW:
+        pictures = {
+            label: ground.draw(sampler, calls)
+            for label, sampler in tqdm(samplers.items(), desc=f"{name}, {calls} calls")
+        }
+        for net, (features, real) in _nets(name).items():
+            made = {label: features(of) for label, of in pictures.items()}
+            peer = list(made)[-1]
+            for label, own in made.items():
+                row: dict[str, Any] = {
+                    "sampler": label, "calls": calls, "net": net,
+                    "distance": frechet_distance(own, real, resamples=2).value,
+                }  # fmt: skip
+                if label != peer:
+                    difference = distance_difference(own, made[peer], real, "frechet")
+                    row |= {
+                        "over": peer,
+                        "difference": difference.value,
+                        "difference_interval": list(difference.interval),
+                    }
+                found.append(row)
+    return found
+
+
+def _nets(name: str) -> Mapping[str, tuple[Any, torch.Tensor]]:
+    if name.startswith("avatars"):
+        return nets()
+    judge = _fashion.judge()
+    return {"judge": (judge.features, judge.features(load_fashion_mnist("reference")[0][:REAL, :, :, None]))}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The record as markdown."""
+    where = record["machine"]
+    parts = [
+        "# Samplers with their defaults",
+        "Written by `python -m benchmarks.sampler_defaults`. Root mean square error of pictures to those of the same seeds and "
+        f"{record['reference_steps']} steps, {record['pictures']} seeds a model, at equal calls of the denoiser. A sampler is "
+        "below the best of diffusers' (chosen for each model and number of calls, by the same pictures) where the whole 95 % "
+        "interval of the paired difference is below zero. Samplers that are searched or trained for a number of calls have "
+        "their own benchmarks: see the [comparison](comparison.md).",
+        f"Recorded on {where['cpu']}, {where['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".",
+        _verdicts(record),
+        f"![Error against calls of the denoiser]({DRAWING.name})",
+    ]  # fmt: skip
+    for name, model in record["models"].items():
+        scale = model["guidance_scale"]
+        parts += [f"## {name}" + ("" if scale is None else f", guidance {scale:g}"), _errors(model), _frechet(model)]
+    return "\n\n".join(parts) + "\n"
+
+
+def below(record: Mapping[str, Any], sampler: str, calls: int) -> dict[str, bool]:
+    """Model -> whether the sampler is below the best of diffusers' there."""
+    return {
+        name: row["difference_interval"][1] < 0
+        for name, model in record["models"].items()
+        for row in model["errors"]
+        if row["ours"] and row["sampler"] == sampler and row["calls"] == calls
+    }
+
+
+def _verdicts(record: Mapping[str, Any]) -> str:
+    samplers = dict.fromkeys(
+        row["sampler"] for model in record["models"].values() for row in model["errors"] if row["ours"]
+    )
+    lines = []
+    for sampler in samplers:
+        found = [below(record, sampler, calls) for calls in CALLS]
+        lines.append([
+            f"`{sampler}`", *(f"{sum(each.values())} of {len(each)}" for each in found),
+            ", ".join(name for name in found[0] if all(each[name] for each in found[: len(FEW)])) or "none",
+        ])  # fmt: skip
+    head = [
+        "sampler",
+        *(f"below at {calls} calls" for calls in CALLS),
+        f"models with all of {' and '.join(map(str, FEW))}",
+    ]
+    return table(head, lines)
+
+
+def _errors(model: Mapping[str, Any]) -> str:
+    lines: dict[str, list[str]] = {}
+    for row in model["errors"]:
+        text = f"{row['mean']:.4f}"
+        if row["made"] != row["calls"]:
+            text += f" ({row['made']:g} calls)"
+        if row["ours"]:
+            low, high = row["difference_interval"]
+            text += f" ({row['difference']:+.4f}, {low:+.4f} to {high:+.4f}, on {row['over']})"
+        name = f"`{row['sampler']}`" if row["ours"] else f"diffusers: {row['sampler']}"
+        lines.setdefault(name, []).append(text)
+    return table(["sampler", *(f"{calls} calls" for calls in CALLS)], [[name, *cells] for name, cells in lines.items()])
+
+
+def _frechet(model: Mapping[str, Any]) -> str:
+    lines = []
+    for row in model["distances"]:
+        less = ["", ""]
+        if "over" in row:
+            low, high = row["difference_interval"]
+            less = [f"{row['difference']:+.3g}", f"{low:+.3g} to {high:+.3g}"]
+        lines.append([row["calls"], row["net"], row["sampler"], f"{row['distance']:.4g}", *less])
+    return table(["calls", "features of", "sampler", "Fréchet distance", "less that of diffusers'", "interval"], lines)
+
+
+def draw(record: Mapping[str, Any], file: Path) -> None:
+    panels, ours = {}, 0
+    for name, model in record["models"].items():
+        series: dict[str, list[_plot.Point]] = {}
+        for row in model["errors"]:
+            label = row["sampler"].removesuffix("Scheduler")
+            series.setdefault(label, []).append(_plot.Point(row["made"], row["median"], tuple(row["interval"])))
+        ours = max(ours, len({row["sampler"] for row in model["errors"] if row["ours"]}))
+        panels[name] = _plot.Panel("median error", series)
+    _plot.save(error_against_calls("Samplers with their defaults by calls of the denoiser", panels, bold=ours), file)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run as a program.
+
+    Args:
+        argv: without the program's name; None takes them from the command line.
+    """
+    parser = argparse.ArgumentParser(prog="benchmarks.sampler_defaults", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", action="append", choices=MODELS, help="What to measure; all models unless given.")
+    parser.add_argument("--render", action="store_true", help="Measure nothing.")
+    parser.add_argument("--threads", type=int, default=2, help="Of torch.")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if not args.render:
+        about = {
+            "machine": machine(), "versions": versions(), "pictures": PICTURES, "reference_steps": REFERENCE_STEPS,
+            "distance_pictures": DRAWN,
+        }  # fmt: skip
+        for name in args.model or MODELS:
+            found = measure_model(name, MODELS[name])
+            old = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+            kept = old["models"] if {**old, "models": None} == {**about, "models": None} else {}
+            models = {other: {**kept, name: found}[other] for other in MODELS if other in {**kept, name: found}}
+            RECORD.write_text(json.dumps({**about, "models": models}, indent=1) + "\n", encoding="utf-8")
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    (ROOT / PAGE).write_text(page(record), encoding="utf-8")
+    draw(record, ROOT / DRAWING)
+    print(page(record))
+
+
+if __name__ == "__main__":
+    main()
