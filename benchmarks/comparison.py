@@ -11,28 +11,19 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diffusers_ext import proofs, registry
-from diffusers_ext.cards import table
+from diffusers_ext import plots, proofs, registry
+from diffusers_ext.cards import name_of, table
+from diffusers_ext.plots import Records
 from diffusers_ext.registry import Method
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README = Path("docs") / "comparison.md", Path("README.md")
 STATUSES = {"works": "work", "stale": "stale", "upstream": "in diffusers", "open": "open", "none": "no system"}
 BEGIN, END = "<!-- areas: written by python -m benchmarks.comparison -->", "<!-- end of areas -->"
-_CALLS = re.compile(r"(\d+) calls")
-_MACS, _PSNR = "GMACs a picture", "PSNR to the full run (dB)"
-_COLUMNS = 2
-
-Records = Sequence[tuple[Method, Mapping[str, Any]]]
 
 
 def records() -> list[tuple[Method, dict[str, Any]]]:
@@ -44,11 +35,6 @@ def records() -> list[tuple[Method, dict[str, Any]]]:
     rows = sorted(registry.methods(), key=lambda row: (row.area, row.key))
     found = [(row, proofs.read_result(row.key)) for row in rows]
     return [(row, result) for row, result in found if result is not None and result["claims"]]
-
-
-def name_of(row: Method) -> str:
-    """What a paper calls its method, where its title says so; else its key."""
-    return row.title.partition(":")[0] if ":" in row.title else row.key
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -155,117 +141,11 @@ def file_name(name: str) -> str:
     return f"comparison-{name}.png"
 
 
-def drawings(found: Records) -> Iterator[tuple[str, str, Mapping[str, Mapping[str, Any]]]]:
-    """Name, title, and lines by panel, of the drawings of one area: those that the recorded tables have numbers for."""
+def drawings(found: Records) -> Iterator[tuple[str, str, plots.Panels]]:
+    """Name, title, and lines by panel, of the drawings of one area."""
     area = found[0][0].area
-    kinds = (
-        ("calls", f"{area.capitalize()}: error against calls of the denoiser", _error_by_calls),
-        ("macs", f"{area.capitalize()}: PSNR to the full run against cost", _quality_by_macs),
-    )
-    for name, title, read in kinds:
-        panels = read(found)
-        if panels:
-            yield f"{area}-{name}", title, panels
-
-
-def _error_by_calls(found: Records) -> dict[str, dict[str, Any]]:
-    """Ground -> sampler -> (key of the method, or None for what diffusers has; calls; mean errors)."""
-    panels: dict[str, dict[str, Any]] = {}
-    for row, result in found:
-        for name, content in result["tables"].items():
-            ground, is_errors, _ = name.partition(": error by calls")
-            if not is_errors:
-                continue
-            peers = {line[1] for line in result["tables"][f"{ground}: against each peer"]["rows"]}
-            columns = {i: int(match[1]) for i, title in enumerate(content["columns"]) if (match := _CALLS.match(title))}
-            panel = panels.setdefault(ground, {})
-            for line in content["rows"]:
-                points = [(calls, line[i]) for i, calls in columns.items() if _is_positive(line[i])]
-                if line[2] != "mean" or not points:
-                    continue
-                label, key = (line[0], None) if line[0] in peers else (_of_method(row, line[0]), row.key)
-                if label not in panel or len(panel[label][1]) < len(points):  # several ran it, at more calls or fewer
-                    panel[label] = (key, *zip(*points, strict=True))
-    return panels
-
-
-def _of_method(row: Method, label: str) -> str:
-    """The label of a setting, with its method's name."""
-    name = name_of(row)
-    return label if name.lower() in label.lower() else f"{name}: {label}"
-
-
-def _quality_by_macs(found: Records) -> dict[str, dict[str, Any]]:
-    """Model and steps -> method -> (its key, or None for fewer steps; GMACs; PSNRs)."""
-    panels: dict[str, dict[str, Any]] = {}
-    for row, result in found:
-        for name, content in result["tables"].items():
-            if not {_MACS, _PSNR} <= set(content["columns"]):
-                continue
-            heading = name.rpartition(": ")[0]
-            settings = result["settings"].get(heading, result["settings"]) if heading else result["settings"]
-            macs, psnr = content["columns"].index(_MACS), content["columns"].index(_PSNR)
-            series: dict[str, list[tuple[float, float]]] = {}
-            for line in content["rows"]:
-                if _is_positive(line[psnr]):
-                    ours = line[0].startswith(name_of(row))
-                    series.setdefault(name_of(row) if ours else "fewer steps", []).append((line[macs], line[psnr]))
-            panel = panels.setdefault(f"{settings['model']}, {settings['steps']} steps", {})
-            for label, points in series.items():
-                theirs = list(zip(*panel[label][1:], strict=True)) if label in panel else []
-                points = sorted({*points, *theirs})
-                panel[label] = (None if label == "fewer steps" else row.key, *zip(*points, strict=True))
-    return panels
-
-
-def _is_positive(value: Any) -> bool:
-    """Whether a cell is a finite number above zero; records write infinity as a text."""
-    return isinstance(value, (int, float)) and 0 < value < float("inf")
-
-
-def draw(name: str, title: str, panels: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Panels in rows of two; a method has one colour in all of them, and what diffusers has is gray."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    rows, columns = -(-len(panels) // _COLUMNS), min(len(panels), _COLUMNS)
-    figure = Figure(figsize=(7.2 * columns, 4.2 * rows), dpi=90, layout="constrained")
-    figure.suptitle(title)
-    keys = dict.fromkeys(key for series in panels.values() for key, *_ in series.values() if key is not None)
-    colors = {key: colormaps["tab10" if len(keys) <= 10 else "tab20"](i) for i, key in enumerate(keys)}
-    places = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (heading, series) in zip(places, panels.items(), strict=False):
-        _draw_panel(axes, heading, series, colors, by_calls=name.endswith("calls"))
-    for axes in places[len(panels) :]:
-        axes.set_axis_off()
-    return figure
-
-
-def _draw_panel(axes: Axes, heading: str, series: Mapping[str, Any], colors: Mapping[str, Any], by_calls: bool) -> None:
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    drawn = Counter[str | None]()
-    for label, (key, cost, value) in series.items():
-        number = drawn[key]
-        drawn[key] += 1
-        style = {"marker": "osD^vP*X"[number % 8], "markersize": 3.5, "linestyle": ("-", "--", ":", "-.")[number % 4]}
-        if key is None:
-            style |= {"color": "gray", "alpha": 0.7, "linewidth": 1, "zorder": 1}
-        else:
-            style |= {"color": colors[key], "linewidth": 1.5, "zorder": 2}
-        axes.plot(cost, value, label=label, **style)
-    axes.set_xscale("log")
-    if by_calls:
-        axes.set_yscale("log")
-    axes.set_title(heading, fontsize=9)
-    axes.set_xlabel("calls of the denoiser" if by_calls else _MACS)
-    axes.set_ylabel("mean error" if by_calls else _PSNR)
-    if by_calls:
-        axes.set_xticks(sorted({x for _, cost, _ in series.values() for x in cost}))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for kind, title, panels in plots.drawings(found):
+        yield f"{area}-{kind}", f"{area.capitalize()}: {title}", panels
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for area in dict.fromkeys(row.area for row, _ in found):
         for name, title, panels in drawings([(row, result) for row, result in found if row.area == area]):
             target = PAGE.with_name(file_name(name))
-            draw(name, title, panels).savefig(ROOT / target)
+            plots.draw(name, title, panels).savefig(ROOT / target)
             written.append(str(target))
     print("\n".join(written))
     return 0

@@ -13,9 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # MkDocs loads this file by its path
 
-from benchmarks.comparison import name_of  # noqa: E402
-from diffusers_ext import cards, registry  # noqa: E402
-from diffusers_ext.cards import table  # noqa: E402
+from diffusers_ext import cards, plots, registry  # noqa: E402
+from diffusers_ext.cards import name_of, table  # noqa: E402
 
 WRITTEN = {
     "index.md": "Start",
@@ -81,6 +80,11 @@ def pages() -> dict[str, str]:
     return found
 
 
+def pictures() -> dict[str, bytes]:
+    """Path under `docs` -> content of the plots on the pages of methods."""
+    return {f"methods/{name}": content for row in with_card() for name, content in plots.files(row.key).items()}
+
+
 def navigation() -> list[dict[str, Any]]:
     areas: dict[str, list[dict[str, str]]] = defaultdict(list)
     for row in with_card():
@@ -100,6 +104,6 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
-    for path, text in pages().items():
-        files.append(File.generated(config, path, content=text))
+    for path, content in {**pages(), **pictures()}.items():
+        files.append(File.generated(config, path, content=content))
     return files

@@ -52,12 +52,14 @@ if TYPE_CHECKING:
     from .hooks.tiue_loopfree import TiUELoopfreeConfig, apply_tiue_loopfree, remove_tiue_loopfree
     from .hub import push_to_hub, save_pretrained
     from .loading import Pipeline
+    from .metrics.infill_safety import InfillGuard, InfillSafetyProbe
     from .metrics.judge import AvatarJudge, FashionJudge
     from .models.agd import AGDAdapter
     from .models.cache_router import CacheRouter
     from .models.ecodiff import EcoDiffMasks
     from .models.inner_loop_feedback import InnerLoopFeedback
     from .models.masked_language_model import MaskedLanguageModel
+    from .models.nce_energy import NCEEnergy
     from .models.noise_schedule_predictor import NoiseSchedulePredictor
     from .models.pruned import (
         PrunedDiTTransformer2DModel,
@@ -86,45 +88,66 @@ if TYPE_CHECKING:
         ParadigmsStableDiffusionPipeline,
         ParadigmsStableDiffusionXLPipeline,
     )
+    from .pipelines.planned_denoising import PlannedDenoisingPipeline
+    from .pipelines.self_correction import SelfCorrection
     from .pipelines.stream_batch import StreamBatchPipeline
     from .quantization import quantization
     from .quantization.config import PTQConfig
     from .quantization.fp_quant_diffusion import FPQuantDiffusion
     from .quantization.ptq4dm import PTQ4DM
     from .quantization.q_diffusion import QDiffusion
+    from .quantization.quest import QuEST
+    from .quantization.tfmq_dm import TFMQDM
     from .registry import Method, get_method, methods, zoo_path
     from .schedulers._decode_filter import ParallelDecodeFilter
     from .schedulers._model_statistics import DPMSolverV3Statistics
+    from .schedulers._spindle import WordFrequencies
     from .schedulers._unmasking import UnmaskingScheduler, safe_categorical
     from .schedulers.absorbing import AbsorbingDiffusionScheduler
+    from .schedulers.adaptive_correction import AdaptiveCorrectionScheduler, HyperScheduleScheduler
     from .schedulers.ascending_steps import AscendingStepScheduler, EOSRejectionScheduler
     from .schedulers.collect import collect_statistics
     from .schedulers.dc_search import check_dc_ratios, search_dc_ratios
     from .schedulers.dc_solver import DCSolverMultistepScheduler, fit_dc_ratios, predict_dc_ratios
+    from .schedulers.ddpd import DDPDScheduler
     from .schedulers.dpm_solver_v3 import DPMSolverV3Scheduler
+    from .schedulers.energy_reweighted import ARResidualEnergy, EnergyReweightedScheduler
     from .schedulers.evodiff import EVODiffScheduler
     from .schedulers.fastdiff import FastDiffScheduler
     from .schedulers.first_hitting import FirstHittingScheduler, hitting_times
     from .schedulers.flowturbo import FlowMatchPseudoCorrectorScheduler
     from .schedulers.gaussian_teleport import GaussianTeleport, GaussianTeleportScheduler
     from .schedulers.ghvb import GHVBScheduler, HeavyBallDPMSolverMultistepScheduler, HeavyBallUniPCMultistepScheduler
+    from .schedulers.gidd import GIDDScheduler
     from .schedulers.guided_unmasking import GuidedUnmaskingScheduler
     from .schedulers.instaflow import RectifiedFlowEulerScheduler
     from .schedulers.learned_parallel import LearnedParallelScheduler
     from .schedulers.mr_sampler import MRSamplerScheduler
+    from .schedulers.nitrofusion import TimestepShiftLCMScheduler
     from .schedulers.perflow import PeRFlowScheduler
+    from .schedulers.running_confidence import RunningConfidenceScheduler
+    from .schedulers.spindle import SpindleScheduler
     from .schedulers.unified_solver import UnifiedSolverScheduler
     from .search import PictureObjective, TimestepSearch
     from .solver_search import SolverSearch
     from .training.fast_forward import FastForward
     from .training.grokfast import GrokfastEMA, GrokfastMA
     from .training.parallel_filter import fit_parallel_filter
+    from .training.train_cj_grpo import cj_grpo_loss
+    from .training.train_ddpd import planner_loss
+    from .training.train_diffusion_bert import spindle_diffusion_loss
+    from .training.train_disback import dmd_gradient
     from .training.train_ecodiff import ecodiff_loss
+    from .training.train_gidd import gidd_loss
     from .training.train_guided_distillation import guidance_distillation_loss
     from .training.train_hipa import high_frequency_promoting_loss
     from .training.train_instaflow import reflow_loss
+    from .training.train_mdpo import mdpo_loss
     from .training.train_mmd_ddm import mmd_loss
+    from .training.train_nitrofusion import head_hinge_loss
     from .training.train_perflow import perflow_loss
+    from .training.train_prodiff import prodiff_distillation_loss
+    from .training.train_sdar import block_diffusion_loss, convert_to_block_diffusion
     from .training.train_sft_pg import policy_loss
     from .upstream_caches import allow_enable_cache
     from .weight_deltas import delta_weights, merge_delta_weights
@@ -149,10 +172,13 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "PTQ4DM",
+    "TFMQDM",
     "AGDAdapter",
+    "ARResidualEnergy",
     "ASCEDCallback",
     "AbsorbingDiffusionScheduler",
     "AdaptiveBlockPolicy",
+    "AdaptiveCorrectionScheduler",
     "AdaptiveDiffusionConfig",
     "AdaptiveDiffusionStats",
     "AdaptiveSDEPipeline",
@@ -166,6 +192,7 @@ __all__ = [
     "CacheRouter",
     "CalibratedDPMConfig",
     "DCSolverMultistepScheduler",
+    "DDPDScheduler",
     "DKVCacheConfig",
     "DPMSolverV3Scheduler",
     "DPMSolverV3Statistics",
@@ -175,6 +202,7 @@ __all__ = [
     "EVODiffScheduler",
     "EcoDiffMasks",
     "Enabled",
+    "EnergyReweightedScheduler",
     "EnumerableLanguageModel",
     "FPQuantDiffusion",
     "FashionJudge",
@@ -186,6 +214,7 @@ __all__ = [
     "FlowTurboConfig",
     "FreeCacheConfig",
     "GHVBScheduler",
+    "GIDDScheduler",
     "GaussianDenoiser",
     "GaussianMixtureDenoiser",
     "GaussianTeleport",
@@ -197,6 +226,9 @@ __all__ = [
     "HarmonicaConfig",
     "HeavyBallDPMSolverMultistepScheduler",
     "HeavyBallUniPCMultistepScheduler",
+    "HyperScheduleScheduler",
+    "InfillGuard",
+    "InfillSafetyProbe",
     "InnerLoopFeedback",
     "InnerLoopFeedbackConfig",
     "LearnedParallelScheduler",
@@ -206,6 +238,7 @@ __all__ = [
     "MaskedLanguageModel",
     "MeanRevertingPipeline",
     "Method",
+    "NCEEnergy",
     "NoiseSchedulePredictor",
     "PTQConfig",
     "ParadigmsDDPMPipeline",
@@ -218,6 +251,7 @@ __all__ = [
     "PeRFlowScheduler",
     "PictureObjective",
     "Pipeline",
+    "PlannedDenoisingPipeline",
     "PriorNoiseInjection",
     "ProfilingDiTConfig",
     "PrunedDiTTransformer2DModel",
@@ -225,15 +259,21 @@ __all__ = [
     "PrunedSD3Transformer2DModel",
     "PrunedUNet2DConditionModel",
     "QDiffusion",
+    "QuEST",
     "RectifiedFlowEulerScheduler",
+    "RunningConfidenceScheduler",
+    "SelfCorrection",
     "SolverSearch",
+    "SpindleScheduler",
     "StreamBatchPipeline",
     "TiUELoopfreeConfig",
     "TimeShiftConfig",
     "TimestepSearch",
+    "TimestepShiftLCMScheduler",
     "UnifiedSolverScheduler",
     "UnmaskingScheduler",
     "VelocityRefiner",
+    "WordFrequencies",
     "adaptive_diffusion_stats",
     "allow_enable_cache",
     "announce_positions",
@@ -252,28 +292,37 @@ __all__ = [
     "apply_profiling_dit",
     "apply_time_shift_sampler",
     "apply_tiue_loopfree",
+    "block_diffusion_loss",
     "calibrate",
     "check_dc_ratios",
+    "cj_grpo_loss",
     "collect_statistics",
+    "convert_to_block_diffusion",
     "delta_weights",
     "detect_artifacts",
     "disable",
+    "dmd_gradient",
     "ecodiff_loss",
     "enable",
     "enabled",
     "fit_dc_ratios",
     "fit_parallel_filter",
     "get_method",
+    "gidd_loss",
     "guidance_distillation_loss",
+    "head_hinge_loss",
     "high_frequency_promoting_loss",
     "hitting_times",
     "load_masked_language_model",
+    "mdpo_loss",
     "merge_delta_weights",
     "methods",
     "mmd_loss",
     "perflow_loss",
+    "planner_loss",
     "policy_loss",
     "predict_dc_ratios",
+    "prodiff_distillation_loss",
     "profile_blocks",
     "prune_model",
     "push_to_hub",
@@ -298,6 +347,7 @@ __all__ = [
     "save_pretrained",
     "search_dc_ratios",
     "search_noise_schedule",
+    "spindle_diffusion_loss",
     "status",
     "zoo_path",
 ]

@@ -26,27 +26,49 @@ _SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def method_card(key: str) -> str:
-    """The card of a method, as markdown with metadata.
+    """The card of a method, as markdown with metadata. The plots that it shows lie beside it: see `save_method_card`.
 
     Raises:
         ValueError: there is no method `key`, it has no written part `hub_cards/<key>.md`, or its recorded result was
             edited.
     """
+    from . import plots
+
     row = get_method(key)
     result = proofs.read_result(key)
+    drawn = [f"![{title}]({name})" for name, title, _ in plots.of_method(key, result)]
     body = render(
         "_method",
         title=row.title,
         summary=row.summary,
         facts=_method_facts(row),
         written=written_part(key),
-        measured=_measured(row, result),
+        measured="\n\n".join([_measured(row, result), *drawn]),
     )
     tags = ["diffusers_ext", key, row.area]
     data: dict[str, Any] = {"library_name": "diffusers", "license": "apache-2.0", "tags": tags}
     if result is not None and result["claims"]:
         data |= {"model_name": key, "eval_results": _eval_results(row, result)}
     return card_text(data, body)
+
+
+def save_method_card(key: str, folder: str | os.PathLike) -> Path:
+    """Write the card of a method as `README.md`, and the plots in it, into the folder of a repository.
+
+    Plots need matplotlib.
+
+    Raises:
+        ValueError: as `method_card`.
+    """
+    from . import plots
+
+    text, pictures = method_card(key), plots.files(key)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder
 
 
 def pipeline_card(source: Any, repo_id: str | None = None) -> str:
@@ -63,6 +85,7 @@ def pipeline_card(source: Any, repo_id: str | None = None) -> str:
         ValueError: a folder without `model_index.json`, or the recorded result of a method was edited.
     """
     from .hub import describe
+    from .quantization import summary
 
     index, origin = describe(source)
     recipe = index.get("_dx_recipe") or {}
@@ -75,7 +98,7 @@ def pipeline_card(source: Any, repo_id: str | None = None) -> str:
     body = render(
         "_pipeline",
         title=repo_id.rpartition("/")[2] if repo_id else class_name,
-        what=_what(class_name, metadata.get("base_model"), rows, loras),
+        what="\n\n".join(filter(None, (_what(class_name, metadata.get("base_model"), rows, loras), summary(source)))),
         recipe=_recipe_table(rows),
         loras=_lora_table(loras),
         loading=_loading(class_name, repo_id or PLACE, rows, loras, classes),
@@ -111,6 +134,11 @@ def snippet(key: str) -> str:
     if found is None:
         raise ValueError(f"hub_cards/{key}.md has no Python code under 'How to call it'.")
     return found[1]
+
+
+def name_of(row: Method) -> str:
+    """What a paper calls its method, where its title says so; else its key."""
+    return row.title.partition(":")[0] if ":" in row.title else row.key
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

@@ -232,6 +232,40 @@ def bench(
     raise typer.Exit(codes[failed[0]] if failed else 0)
 
 
+@app.command()
+def new(
+    form: Annotated[str, typer.Argument(help="What it is to diffusers: scheduler, hook, pipeline, trainer, ...")],
+    key: Annotated[str, typer.Argument(help="Key of an open method of the catalogue, or of a new one.")],
+    title: Annotated[str | None, typer.Option(help="Title of the paper, for a new key.")] = None,
+    arxiv: Annotated[str | None, typer.Option(help="Its arXiv number, for a new key.")] = None,
+    area: Annotated[str | None, typer.Option(help="Area of research, for a new key.")] = None,
+) -> None:
+    """Write the files of a new method, in a source checkout: code, tests, card, benchmark, names, row of the catalogue."""
+    from . import scaffold
+
+    files = scaffold.plan(form, key, title=title, arxiv=arxiv, area=area)
+    scaffold.write(files)
+    for verb, paths in (("wrote", files.created), ("added to", files.edited)):
+        for path in paths:
+            print(f"{verb:<9}{path.relative_to(scaffold.ROOT).as_posix()}")
+    print(f"Its rules and proofs: python -m pytest tests/methods/test_{key}.py tests/common/test_{form}.py -k {key}")
+    for command in files.then:
+        print(f"Also: {command}")
+
+
+@app.command("app")
+def browser(
+    model: Annotated[str, typer.Option(help="Of the zoo, a repository on the Hub, or a folder.")] = "avatars-sd",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="The first free one from 7860 on, unless given.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also a public link, by gradio's servers.")] = False,
+) -> None:
+    """Try methods on a pipeline in the browser, side by side with the plain one."""
+    from .app import serve
+
+    serve(model, host=host, port=port, share=share)
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def train(
     name: Annotated[str, typer.Argument(help="What to train, for example text_to_image.")],

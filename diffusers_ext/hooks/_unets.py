@@ -18,12 +18,14 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
+from .. import _compat
 from ._blocks import forward_parameters
 from ._plan import Action, CacheRun, Call, PlanBuilder, _ActionHook, first_input
 
 FULL, DECODER, PART = "full", "decoder", "part"
 # Embeddings beside that of the timestep, one row a sample, which U-Nets add to it.
 _EMBEDDINGS = ("class_embedding", "add_embedding", "fps_embedding")
+_ONE_TIME = "diffusers_ext.agd"  # hooks that take the time embedding of a call for all its rows
 
 
 # --- structure -------------------------------------------------------------------------------------------------------
@@ -42,6 +44,24 @@ def unsupported(model: nn.Module) -> str | None:
             if found[: len(first)] != first or "skip_sample" in found:
                 return f"its block {type(block).__name__} takes other inputs than {' and '.join(first)}"
     return None
+
+
+def check_parallel(model: nn.Module, on_pipeline: bool, name: str) -> None:
+    """Refuse the parallel form where it cannot work.
+
+    Raises:
+        ValueError: the method is not enabled on a pipeline, or adapters are on that take one time a call.
+    """
+    if not on_pipeline:
+        raise ValueError(
+            "`parallel` is True, which needs the timesteps: enable it on the pipeline, not on its model, or give "
+            "`parallel=False`."
+        )
+    if any(_compat.has_hook(module, _ONE_TIME) for module in model.modules()):
+        raise ValueError(
+            f"`parallel` is True, with which {name} decodes several steps in one call, and AGD adapters are on, which take one "
+            "time a call: give `parallel=False`."
+        )
 
 
 def encoder_names(unet: nn.Module) -> list[str]:

@@ -75,10 +75,8 @@ class FasterDiffusionConfig(HookConfig):
             raise ValueError(
                 "`key_steps` is 'paper', which needs the number of steps: enable it on the pipeline, not on its model."
             )
-        if not on_pipeline and self.parallel:
-            raise ValueError(
-                "`parallel` is True, which needs the timesteps: enable it on the pipeline, not on its model."
-            )
+        if self.parallel:
+            _unets.check_parallel(module, on_pipeline, "FasterDiffusion")
 
     def apply(self, module: nn.Module) -> None:
         plan = _unets.PropagationPlan(_Keys(self.key_steps), self.parallel, "FasterDiffusion")

@@ -53,11 +53,8 @@ class TiUELoopfreeConfig(HookConfig):
     def check(self, module: nn.Module, on_pipeline: bool) -> None:
         if (reason := self.supports(module)) is not None:
             raise ValueError(f"TiUE (tiue_loopfree) does not work on {type(module).__name__}: {reason}.")
-        if self.parallel and not on_pipeline:
-            raise ValueError(
-                "`parallel` is True, which needs the timesteps: enable it on the pipeline, not on its model, or give "
-                "`parallel=False`."
-            )
+        if self.parallel:
+            _unets.check_parallel(module, on_pipeline, "TiUE")
 
     def apply(self, module: nn.Module) -> None:
         plan = _unets.PropagationPlan(self._is_full, self.parallel, "TiUE")

@@ -19,6 +19,7 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from .. import _compat
+from ..enabling import status
 
 KINDS = ("cross_attention", "additive")
 _HOOK = "diffusers_ext.agd"
@@ -300,6 +301,12 @@ class AGDAdapter(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`pipe` has a {type(denoiser).__name__} without {missing}: this adapter is for another model."
             )
+        for entry in status(denoiser):
+            if getattr(entry.config, "parallel", False):
+                raise ValueError(
+                    f"`pipe` has {entry.key} on with `parallel=True`, which decodes several steps in one call, and these "
+                    "adapters take one time a call: enable it with `parallel=False`."
+                )
         return denoiser
 
     # --- in a call of the denoiser -----------------------------------------------------------------------------------

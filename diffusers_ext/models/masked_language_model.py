@@ -48,7 +48,7 @@ class MaskedLanguageModel(ModelMixin, ConfigMixin):
     Args:
         architecture: "llama", "qwen2", "qwen3" (of transformers), or "dit" (the diffusion transformer of MDLM and GIDD).
         backbone: settings of the architecture: of the transformers config of that name; of "dit" those of
-            `DiffusionTransformerLM`.
+            `DiffusionTransformerLM`. Input and output embeddings are two weights, whatever it says of tying them.
         mask_token_id: the mask token.
         shift_logits: whether the network predicts the token after each place.
         block_length: None, or: each token sees its own block of so many and the blocks before it (block-causal attention).
@@ -85,6 +85,7 @@ class MaskedLanguageModel(ModelMixin, ConfigMixin):
             return
         config_class, model_class = _TRANSFORMERS[architecture]
         settings = {**(backbone or {}), "is_causal": False, "use_cache": False}
+        settings["tie_word_embeddings"] = False  # diffusers saves no shared tensors
         self.network = model_class(config_class(**settings, attn_implementation="sdpa"))
         for module in self.network.modules():  # without a mask, attention would go by this and not by the config
             if hasattr(module, "is_causal"):

@@ -33,6 +33,7 @@ def load_masked_language_model(
     if not folder.is_dir():
         folder = Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors"], **download))
     settings, rename = checkpoint_format(_read_config(folder))
+    tied = bool(settings["backbone"].pop("tie_word_embeddings", False))
     with init_empty_weights(include_buffers=False):
         model = MaskedLanguageModel(**settings)
     expected = {name: value.shape for name, value in model.network.state_dict().items()}
@@ -49,9 +50,9 @@ def load_masked_language_model(
         model.network.load_state_dict(
             {n: v if dtype is None else v.to(dtype) for n, v in weights.items()}, strict=False, assign=True
         )
-    tied = getattr(model.network, "tie_weights", None)
-    if tied is not None:
-        tied()
+    if tied and model.get_output_embeddings().weight.is_meta:
+        weight = model.get_input_embeddings().weight.detach().clone()
+        model.get_output_embeddings().weight = torch.nn.Parameter(weight)
     missing = sorted(name for name, value in model.network.state_dict().items() if value.is_meta)
     if missing:
         raise ValueError(f"`checkpoint` lacks {', '.join(missing[:3])} ({len(missing)} weights).")

@@ -48,9 +48,10 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
 
     - A run begins where `self.progress_bar(total=)` is called, with the largest number of steps that there can be, and
       ends where the bar is left, by an exception too: `enable` makes that known to what is on.
-    - The model gets `input_ids`, `attention_mask` and `position_ids` by name, and nothing more. Which tokens changed is the
-      difference to the call before. Rows whose input is as before are left out of a call (`step_cache`), and so are rows
-      that are done, so that the rows of `input_ids` may become fewer and more again.
+    - The model gets `input_ids`, `attention_mask` and `position_ids` by name, and nothing more, except `timesteps` where it
+      is conditioned on the time (`config.time_conditioning`) and the scheduler tells it (`model_time(step)`). Which tokens
+      changed is the difference to the call before. Rows whose input is as before, the time too, are left out of a call
+      (`step_cache`), and so are rows that are done, so that the rows of `input_ids` may become fewer and more again.
     - From a call of the model until the scheduler's step after it is done, `pipe.scheduler.current_block` is a
       `CurrentBlock`: which sequence each row is, the columns of the current block, how many blocks and steps came before.
       Else it is None or not there, in callbacks too. Where a policy
@@ -153,7 +154,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             num_texts_per_prompt: texts of each prompt.
             block_policy: sizes of the blocks, in place of `block_length`.
             step_cache: whether rows whose tokens did not change since the last call of the model go without a new one.
-                A model without time input, as all of these are, would give the same.
+                A model that is not told the time would give the same.
             stop_at_eos: whether a row ends with its first end-of-text token that has no masks before it; what follows
                 becomes end-of-text too.
             eos_token_id, mask_token_id: None takes those of the tokenizer, or the model.
@@ -295,7 +296,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             raise ValueError(f"`block_policy` is {policy!r}; a `BlockPolicy` is needed.")
         if policy is not None and given["block_length"] is not None:
             raise ValueError("Give one of `block_length` and `block_policy`.")
-        if self.config.attention == "block_causal" and given["block_length"] is None:
+        if self.config.get("attention") == "block_causal" and given["block_length"] is None:
             raise ValueError("`block_length` is None; a block-causal model needs the one that it was trained with.")
 
     def _rows(
@@ -442,6 +443,8 @@ class _Decoder:
         self.causal_block = block_length if pipe.config.attention == "block_causal" else None
         self.revises = bool(getattr(pipe.scheduler, "revises", False))
         self.takes, self.scheduler_takes = _named(pipe.model), _named(pipe.scheduler)
+        timed = getattr(getattr(pipe.model, "config", None), "time_conditioning", False)
+        self.time = getattr(pipe.scheduler, "model_time", None) if timed else None
         self.first = text.begin
         self.settings: dict[str, Any] = {}
         self.number, self.num_steps = -1, 0
@@ -559,7 +562,7 @@ class _Decoder:
         """Logits `(m, block, vocabulary)` at the columns of `rows`, of the tokens as they are now."""
         text = self.text
         need = rows
-        if self.step_cache and self.seen is not None:
+        if self.step_cache and self.seen is not None and self.time is None:
             need = rows[(text.tokens[rows] != self.seen[rows]).any(1)]
         if len(need):
             made = self._call(need, step)
@@ -593,6 +596,8 @@ class _Decoder:
             "position_ids": text.places[:width].expand(len(ids), -1),
         }
         given = {name: value for name, value in given.items() if self.takes(name)}
+        if self.time is not None:
+            given["timesteps"] = torch.full((len(ids),), self.time(step), device=ids.device)
         names = torch.cat([rows, len(text.tokens) + rows]) if guided else rows
         self.pipe.scheduler.current_block = CurrentBlock(names, columns, self.number, step)
         logits = model(input_ids=ids, **given).logits

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .grids import Grid, grid_of
 from .observers import InputObserver
+from .timing import Clock
 
 INPUTS = ("query", "key", "value", "softmax")
 _NAME = "attention_inputs"
@@ -31,9 +32,11 @@ class AttentionInputs(nn.Module):
         softmax_bits: of what the softmax gives; None leaves it in float, and torch's fused attention in place.
         form: "int" or "float".
         device: of the places.
+        times: number of timesteps that have places of their own; 0 for the same at all.
 
     Attributes:
-        places: `(numbers, 4)` of the grids, in the order of `INPUTS`.
+        places: `(numbers, 4)` of the grids, in the order of `INPUTS`, or `(numbers, 4, times)`.
+        clock: tells which of the times it is.
         on: whether anything is quantized; off while ranges are observed.
         observers: one for each input while ranges are observed.
     """
@@ -41,12 +44,19 @@ class AttentionInputs(nn.Module):
     places: torch.Tensor
 
     def __init__(
-        self, bits: int, softmax_bits: int | None, form: str = "int", device: torch.device | str | None = None
+        self,
+        bits: int,
+        softmax_bits: int | None,
+        form: str = "int",
+        device: torch.device | str | None = None,
+        times: int = 0,
     ) -> None:
         super().__init__()
         self.grids: list[Grid | None] = [grid_of(form, bits)] * 3
         self.grids.append(None if softmax_bits is None else grid_of(form, softmax_bits))
-        self.register_buffer("places", torch.zeros(2, len(INPUTS), device=device))
+        size = (2, len(INPUTS), times) if times else (2, len(INPUTS))
+        self.register_buffer("places", torch.zeros(size, device=device))
+        self.clock: Clock | None = None
         self.on = True
         self.observers: list[InputObserver] | None = None
 
@@ -59,7 +69,14 @@ class AttentionInputs(nn.Module):
         if self.observers is not None:
             self.observers[which](x)
         grid = self.grids[which]
-        return grid.quantize(x, self.places[:, which]) if self.on and grid is not None else x
+        if not self.on or grid is None:
+            return x
+        place = self.places[:, which]
+        if self.clock is not None:
+            place = self.clock.pick(place, x.shape[0])
+            if place.ndim == 2:  # rows differ in timestep
+                place = place.reshape(*place.shape, *[1] * (x.ndim - 1))
+        return grid.quantize(x, place)
 
     def attend(
         self,

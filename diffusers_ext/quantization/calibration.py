@@ -13,11 +13,14 @@ from torch import nn
 from .. import _compat
 from .attention import attach
 from .config import PTQConfig
+from .cost import measured
 from .layers import is_quantizable
 from .loader import mark_quantized
 from .methods import method_of
 from .recording import record
 from .session import Session, put
+from .temporal import noted_timesteps
+from .timing import attach_clocks
 
 T = TypeVar("T")
 
@@ -72,31 +75,41 @@ def calibrate(
     if unknown:
         raise ValueError(f"`exclude` names {unknown}, which are no modules of this {type(model).__name__}.")
     runs = _runs(pipe, prompts, num_samples, batch_size, seed, call)
-    config = dataclasses.replace(config, layers={}, attentions=[], exclude=list(config.exclude))
+    config = dataclasses.replace(config, layers={}, attentions=[], exclude=list(config.exclude), calibration={})
+    with measured(next(model.parameters()).device) as cost:
+        _calibrate(pipe, model, config, runs, num_inference_steps, seed)
+    config.calibration |= cost
+    mark_quantized(model, config)
+    return pipe
+
+
+def _calibrate(
+    pipe: Any, model: nn.Module, config: PTQConfig, runs: list[tuple[int, dict[str, Any]]], num_steps: int, seed: int
+) -> None:
+    """Quantize a model; `config` is filled in."""
     method = method_of(config.method)
     generator = torch.Generator().manual_seed(seed)
-    kept = [method.kept_steps(config, num_inference_steps, count, generator) for count, _ in runs]
-    calls = record(pipe, model, runs, num_inference_steps, kept, each=config.timesteps == "normal")
+    kept = [method.kept_steps(config, num_steps, count, generator) for count, _ in runs]
+    with noted_timesteps(model) as times:
+        calls = record(pipe, model, runs, num_steps, kept, each=config.timesteps == "normal")
     if not calls:
         raise ValueError(
-            f"`num_inference_steps` is {num_inference_steps} and `timesteps` {config.timesteps!r}: nothing was recorded."
+            f"`num_inference_steps` is {num_steps} and `timesteps` {config.timesteps!r}: nothing was recorded."
         )
     if config.backend == "quanto":
         from . import quanto
 
         quanto.calibrate(model, config, calls)
-        mark_quantized(model, config)
-        return pipe
-    session = Session(model, config, calls, seed)
+        return
+    session = Session(model, config, calls, seed, times)
     with session.in_place():
         method.calibrate(session)
-        packed = {name: layer.packed() for name, layer in session.layers.items()}
+        packed = session.packed()
     for name, layer in packed.items():
         put(model, name, layer)
     for name, inputs in session.attentions.items():
         attach(model.get_submodule(name), inputs)
-    mark_quantized(model, config)
-    return pipe
+    attach_clocks(model, session.clocks)
 
 
 def _denoiser(pipe: Any, component: str | None) -> nn.Module:

@@ -77,7 +77,12 @@ class UniformGrid:
     def between(self, x: torch.Tensor, share: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """The point at `share` of the way from the neighbour below x to that above; 0 and 1 are on the grid."""
         scale, zero = self._parts(place)
-        return (((x.float() / scale).floor() + share + zero).clamp(0, self.last) - zero).mul(scale).to(x.dtype)
+        return ((_floor(x.float() / scale) + share + zero).clamp(0, self.last) - zero).mul(scale).to(x.dtype)
+
+    def goes_up(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Whether the nearest value is the neighbour above x: `between(x, goes_up(x))` is `quantize(x)`, bit for bit."""
+        scaled = x.float() / self._parts(place)[0]
+        return scaled.round() > scaled.floor()
 
     def encode(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Codes 0 to 2^b - 1 of the nearest values, int32."""
@@ -145,8 +150,14 @@ class FloatGrid:
     def between(self, x: torch.Tensor, share: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """The point at `share` of the way from the neighbour below x to that above; 0 and 1 are on the grid."""
         clipped, step, clip = self._steps(x, place)
-        value = ((clipped / step).floor() + share) * step
+        value = (_floor(clipped / step) + share) * step
         return torch.minimum(torch.maximum(value, -clip), clip).to(x.dtype)
+
+    def goes_up(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Whether the nearest value is the neighbour above x."""
+        clipped, step, _ = self._steps(x, place)
+        scaled = clipped / step
+        return scaled.round() > scaled.floor()
 
     def encode(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Codes 0 to 2^b - 1 of the nearest values, int32: sign, exponent, mantissa, as floating-point numbers have them."""
@@ -184,10 +195,11 @@ def spread(place: torch.Tensor, shape: Sequence[int], axis: int, split: int) -> 
 
     Args:
         place: `(numbers, 1)` for one grid, `(numbers, 2)` for one for the first `split` channels and one for the others,
-            or either with one place more for each row of the tensor: `(numbers, groups, rows)`.
+            `(numbers, channels)` for one for each channel, or any of them with one place more for each row of the tensor:
+            `(numbers, groups, rows)`.
         shape: of the tensor, whose first axis is the rows.
         axis: of the channels.
-        split: channels of the first group, 0 for a single one.
+        split: channels of the first of two groups, 0 for another number of groups.
 
     Returns:
         `(numbers, *shape that broadcasts)`.
@@ -198,6 +210,9 @@ def spread(place: torch.Tensor, shape: Sequence[int], axis: int, split: int) -> 
         ones[0] = shape[0]
     if groups == 1:
         return place[:, 0].reshape(numbers, *ones)
+    if not split:
+        ones[axis] = groups
+        return place.movedim(-1, 1).reshape(numbers, *ones) if by_row else place.reshape(numbers, *ones)
     sizes = (split, shape[axis] - split)
     parts = [part.reshape(numbers, *ones) for part in place.unbind(1)]
     layout = [[*ones[: axis % len(ones)], size, *ones[axis % len(ones) + 1 :]] for size in sizes]
@@ -209,3 +224,8 @@ def spread(place: torch.Tensor, shape: Sequence[int], axis: int, split: int) -> 
 def _round(x: torch.Tensor) -> torch.Tensor:
     """Rounded to whole numbers; the gradient is that of x."""
     return x + (x.round() - x).detach() if x.requires_grad else x.round()
+
+
+def _floor(x: torch.Tensor) -> torch.Tensor:
+    """Rounded down to whole numbers; the gradient is that of x."""
+    return x + (x.floor() - x).detach() if x.requires_grad else x.floor()

@@ -36,21 +36,22 @@ def fits_int8(form: LayerForm) -> bool:
 
 
 def runs_in_integers(layer: QuantizedLayer) -> bool:
-    """Whether `integer_layer` computes this layer; grouped convolutions and named paddings are simulated."""
+    """Whether `integer_layer` computes this layer; grouped convolutions, named paddings and inputs with a grid for each
+    channel are simulated."""
     plain = layer.geometry.get("groups", 1) == 1 and not isinstance(layer.geometry.get("padding", 0), str)
-    return plain and fits_int8(layer.form)
+    return plain and fits_int8(layer.form) and not layer.form.channels
 
 
-def integer_layer(layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
-    """Output of a layer for an input in float."""
-    assert layer.input_place is not None and isinstance(layer.weight_grid, UniformGrid)
+def integer_layer(layer: QuantizedLayer, x: torch.Tensor, input_place: torch.Tensor) -> torch.Tensor:
+    """Output of a layer for an input in float, whose grids lie at `input_place` `(numbers, groups)`."""
+    assert isinstance(layer.weight_grid, UniformGrid)
     form, out, channels = layer.form, layer.weight_shape[0], layer.weight_shape[1]
     weights = unpack(layer.codes, layer.weight_shape, form.weight_bits)
     weights = (weights.to(torch.int16) - _HALF).to(torch.int8)
     bounds = (0, form.split, channels) if form.split else (0, channels)
     total: torch.Tensor | None = None
     for group, (first, end) in enumerate(itertools.pairwise(bounds)):
-        scale, zero = layer.input_place[:, group].float()
+        scale, zero = input_place[:, group].float()
         codes = (x.narrow(layer.axis, first, end - first).float() / scale).round_()
         codes = codes.add_(zero).clamp_(0, 2 ** (form.act_bits or 0) - 1).sub_(_HALF).to(torch.int8)
         zero = zero - _HALF  # both codes are less by 128, and so are both zeros: the differences stay

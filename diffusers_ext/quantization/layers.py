@@ -17,6 +17,7 @@ from .grids import Grid, grid_of, spread
 from .int8 import integer_layer, runs_in_integers
 from .observers import InputObserver
 from .packing import pack, packed_shape, unpack
+from .timing import Clock
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class LayerForm:
         weight_format, act_format: "int" or "float".
         symmetric: whether integer grids of weights are symmetric.
         arithmetic: "simulated" or "int8".
+        times: number of timesteps for each of which the input has grids of its own; 0 for the same at all.
+        channels: whether each channel of the input has a grid of its own.
     """
 
     weight_bits: int
@@ -39,10 +42,17 @@ class LayerForm:
     act_format: str = "int"
     symmetric: bool = False
     arithmetic: str = "simulated"
+    times: int = 0
+    channels: bool = False
 
     @property
     def groups(self) -> int:
         return 2 if self.split else 1
+
+    @property
+    def input_split(self) -> int:
+        """The split of the input, 0 where each channel has its own grid anyway."""
+        return 0 if self.channels else self.split
 
     def weight_grid(self) -> Grid:
         return grid_of(self.weight_format, self.weight_bits, self.symmetric)
@@ -58,7 +68,16 @@ def is_quantizable(module: nn.Module) -> bool:
 
 
 class _Layer(nn.Module):
-    """What a layer of either kind does with an input and a weight."""
+    """What a layer of either kind does with an input and a weight.
+
+    Attributes:
+        input_place: place of the input's grids, `(numbers, groups or channels)`, or with one more for each of the form's
+            times as the last axis.
+        clock: tells which of these times it is.
+    """
+
+    input_place: torch.Tensor | None
+    clock: Clock | None = None
 
     def __init__(self, layer: nn.Module, form: LayerForm) -> None:
         super().__init__()
@@ -78,6 +97,17 @@ class _Layer(nn.Module):
         """Axis of the channels in the input."""
         return 1 if self.is_conv else -1
 
+    def input_place_now(self, rows: int) -> torch.Tensor:
+        """The place of the input's grids, `(numbers, groups)`, or `(numbers, groups, rows)` where rows differ in timestep."""
+        assert self.input_place is not None
+        return self.input_place if self.clock is None else self.clock.pick(self.input_place, rows)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input on its grids as they are now."""
+        assert self.input_grid is not None
+        place = spread(self.input_place_now(x.shape[0]), x.shape, self.axis, self.form.input_split)
+        return self.input_grid.quantize(x, place)
+
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.conv2d(x, weight, bias, **self.geometry) if self.is_conv else F.linear(x, weight, bias)
 
@@ -90,6 +120,9 @@ class CalibratedLayer(_Layer):
         weight_place, input_place: of the grids; None until they are known.
         rounded: weights on the grid that replace the nearest ones; None takes the nearest.
         soft: share of the way up of each weight while rounding is learnt, or None.
+        free: a weight that is trained under its grid, and is rounded as `up` says, or None.
+        up: whether each weight is rounded to its upper neighbour; None rounds to the nearest.
+        own_bias: a bias that replaces the float layer's, or None.
         weights_on, inputs_on: what is quantized.
         observer: sees inputs, or None.
     """
@@ -101,6 +134,9 @@ class CalibratedLayer(_Layer):
         self.input_place: torch.Tensor | None = None
         self.rounded: torch.Tensor | None = None
         self.soft: torch.Tensor | None = None
+        self.free: torch.Tensor | None = None
+        self.up: torch.Tensor | None = None
+        self.own_bias: torch.Tensor | None = None
         self.weights_on = self.inputs_on = False
         self.observer: InputObserver | None = None
 
@@ -113,6 +149,8 @@ class CalibratedLayer(_Layer):
         """The weight that is used now."""
         if not self.weights_on:
             return self.float_weight
+        if self.free is not None:
+            return self.weight_grid.between(self.free, self.goes_up().float(), self.spread_weight_place())
         if self.soft is None and self.rounded is not None:
             return self.rounded
         place = self.spread_weight_place()
@@ -122,7 +160,14 @@ class CalibratedLayer(_Layer):
 
     @property
     def bias(self) -> torch.Tensor | None:
+        """The bias that is used now."""
+        if self.weights_on and self.own_bias is not None:
+            return self.own_bias
         return self.float_layer.bias  # type: ignore[return-value]
+
+    def goes_up(self) -> torch.Tensor:
+        """Whether each weight is rounded to its upper neighbour."""
+        return self.weight_grid.goes_up(self.float_weight, self.spread_weight_place()) if self.up is None else self.up
 
     def spread_weight_place(self) -> torch.Tensor:
         assert self.weight_place is not None
@@ -134,8 +179,7 @@ class CalibratedLayer(_Layer):
         if not self.weights_on and not self.inputs_on:
             return self.float_layer(input)
         if self.inputs_on and self.input_grid is not None and self.input_place is not None:
-            place = spread(self.input_place, input.shape, self.axis, self.form.split)
-            input = self.input_grid.quantize(input, place)
+            input = self.quantized_input(input)
         return self.compute(input, self.weight, self.bias)
 
     @torch.no_grad()
@@ -153,8 +197,10 @@ class CalibratedLayer(_Layer):
         layer.weight_place = self.weight_place.detach().clone()
         if self.input_place is not None and self.input_grid is not None:
             layer.input_place = self.input_place.detach().clone()
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        bias = self.bias if self.own_bias is None else self.own_bias
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.clock = self.clock
         return layer.train(self.float_layer.training)
 
 
@@ -170,7 +216,6 @@ class QuantizedLayer(_Layer):
 
     codes: torch.Tensor
     weight_place: torch.Tensor
-    input_place: torch.Tensor | None
 
     def __init__(self, layer: nn.Module, form: LayerForm) -> None:
         super().__init__(layer, form)
@@ -182,7 +227,9 @@ class QuantizedLayer(_Layer):
         self.register_buffer("weight_place", torch.empty(numbers, device=given.device))
         inputs = None
         if self.input_grid is not None:
-            inputs = torch.empty((self.input_grid.numbers, form.groups), device=given.device)
+            channels = self.in_channels if self.is_conv else self.in_features
+            size = [self.input_grid.numbers, channels if form.channels else form.groups]
+            inputs = torch.empty([*size, form.times] if form.times else size, device=given.device)
         self.register_buffer("input_place", inputs)
         bias = None
         if layer.bias is not None:
@@ -198,12 +245,12 @@ class QuantizedLayer(_Layer):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.form.arithmetic == "int8" and runs_in_integers(self):
-            return integer_layer(self, input)
         if self.input_grid is not None:
-            assert self.input_place is not None
-            place = spread(self.input_place, input.shape, self.axis, self.form.split)
-            input = self.input_grid.quantize(input, place)
+            if self.form.arithmetic == "int8" and runs_in_integers(self):
+                place = self.input_place_now(input.shape[0])
+                if place.ndim == 2:  # all rows are at one timestep
+                    return integer_layer(self, input, place)
+            input = self.quantized_input(input)
         return self.compute(input, self.weight.to(input.dtype), self.bias)
 
     def dequantized(self) -> nn.Module:

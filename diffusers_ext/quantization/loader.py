@@ -14,6 +14,8 @@ from .attention import attach, attached, detach
 from .config import QUANT_METHOD, PTQConfig
 from .layers import QuantizedLayer
 from .session import attention_inputs, put
+from .temporal import FeatureTable, SkippedLayer
+from .timing import attach_clocks, detach_clocks
 
 _PLACES = ("weight_place", "input_place", "places")  # of grids, in float32 whatever the model is loaded in
 
@@ -43,10 +45,7 @@ class PTQQuantizer(DiffusersQuantizer):
 
             quanto.lay_out(model, config)
         else:
-            for name in config.layers:
-                put(model, name, QuantizedLayer(_layer(model, name), config.form_of(name)))
-            for name in config.attentions:
-                attach(_layer(model, name), attention_inputs(config, "meta"))
+            _lay_out(model, config)
         model.config.quantization_config = config
 
     def check_if_quantized_param(
@@ -94,12 +93,21 @@ class PTQQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if self.quantization_config.backend == "quanto":
             raise ValueError("A model that optimum-quanto quantized cannot be dequantized; load it in full precision.")
-        for name in self.quantization_config.layers:
+        config: PTQConfig = self.quantization_config
+        if any(name not in config.layers for name in config.tables):
+            raise ValueError(
+                "The layers that see the timestep alone were replaced by tables (`temporal='cache'`) and cannot be given back; "
+                "load the model in full precision."
+            )
+        for name in config.layers:
             layer = model.get_submodule(name)
+            if isinstance(layer, FeatureTable):
+                layer = layer.layer
             assert isinstance(layer, QuantizedLayer)
             put(model, name, layer.dequantized())
         for name in attached(model):
             detach(model.get_submodule(name))
+        detach_clocks(model)
         _compat.set_private_config(model, "quantization_config", None)
         vars(model).pop("quantization_method", None)
         return model
@@ -129,6 +137,30 @@ def register() -> None:
     """Put the quantizer into diffusers' two maps; safe to call again."""
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PTQQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PTQConfig
+
+
+def _lay_out(model: nn.Module, config: PTQConfig) -> None:
+    """Make an empty model take the tensors of a quantized one."""
+    group, step = clocks = config.clocks()
+    for name in [*config.layers, *(name for name in config.tables if name not in config.layers)]:
+        before, layer = _layer(model, name), None
+        if name in config.layers:
+            layer = QuantizedLayer(before, config.form_of(name))
+            layer.clock = (None, *clocks)[config.times_of(name)]
+        after: nn.Module | None = layer
+        if name in config.tables:
+            assert step is not None
+            width = before.out_features
+            after = FeatureTable(len(config.step_times), width, config.temporal_bits, layer, step, "meta")  # type: ignore[arg-type]
+        assert after is not None
+        put(model, name, after)
+    for name in config.skipped:
+        put(model, name, SkippedLayer(_layer(model, name).out_features))  # type: ignore[arg-type]
+    for name in config.attentions:
+        inputs = attention_inputs(config, "meta")
+        inputs.clock = group
+        attach(_layer(model, name), inputs)
+    attach_clocks(model, [clock for clock in clocks if clock is not None])
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:

@@ -19,6 +19,8 @@ METHODS = {
     "ptq4dm": "ptq4dm:PTQ4DM",
     "q_diffusion": "q_diffusion:QDiffusion",
     "fp_quant_diffusion": "fp_quant_diffusion:FPQuantDiffusion",
+    "tfmq_dm": "tfmq_dm:TFMQDM",
+    "quest": "quest:QuEST",
 }
 
 
@@ -27,6 +29,7 @@ class PTQMethod:
 
     Attributes:
         defaults: of the settings that a `PTQConfig` leaves to its method.
+        low_bit_defaults: of those as well, where activations have at most 4 bits.
     """
 
     defaults: ClassVar[dict[str, Any]] = {
@@ -42,7 +45,12 @@ class PTQMethod:
         "search_power": 2.0,
         "rounding": "nearest",
         "scale_iterations": 0,
+        "temporal": "none",
+        "step_scales": False,
+        "channel_scales": False,
+        "stages": [],
     }
+    low_bit_defaults: ClassVar[dict[str, Any]] = {}
 
     def kept_steps(self, config: PTQConfig, num_steps: int, samples: int, generator: torch.Generator) -> torch.Tensor:
         """Steps of a run whose inputs are recorded, 0 is the noisiest: one for each sample if `timesteps` is "normal"."""
@@ -53,11 +61,12 @@ class PTQMethod:
         return torch.tensor([0 if config.timesteps == "noisiest" else num_steps - 1])
 
     def calibrate(self, session: Session) -> None:
-        """All of it, in the order of the papers: weights, then activations of the network with quantized weights."""
+        """All of it, in the order of the papers: weights, then activations of the network with quantized weights, then finetuning."""
         session.place_weights()
         session.round_weights()
         session.place_inputs()
         session.learn_scales()
+        session.finetune()
 
 
 def method_of(key: str) -> PTQMethod:
@@ -66,6 +75,8 @@ def method_of(key: str) -> PTQMethod:
     return getattr(importlib.import_module(f"{__package__}.{module}"), name)()
 
 
-def defaults_of(key: str) -> dict[str, Any]:
+def defaults_of(key: str, act_bits: int | None) -> dict[str, Any]:
     """Defaults of all settings that depend on the method."""
-    return {**PTQMethod.defaults, **method_of(key).defaults}
+    method = method_of(key)
+    low = method.low_bit_defaults if isinstance(act_bits, int) and act_bits <= 4 else {}
+    return {**PTQMethod.defaults, **method.defaults, **low}

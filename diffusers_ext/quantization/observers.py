@@ -76,23 +76,34 @@ def _some(values: torch.Tensor, most: int, generator: torch.Generator) -> torch.
     return values[torch.randint(len(values), (most,), generator=generator).to(values.device)]
 
 
+def symmetric_range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The range that spans the larger magnitude both ways, or up alone where nothing is negative."""
+    high = torch.maximum(low.abs(), high.abs())
+    return torch.where(low < 0, -high, 0), high
+
+
 class InputObserver:
     """Sees the inputs of a layer over the calibration set.
 
     Args:
         axis: of the channels.
         split: channels of the first of two groups, or 0.
+        channels: whether each channel has a range of its own, for which there is no "search".
         how: "minmax" for the range of all, "running" for a running mean of the ranges of each call, "search" for the
             best of the shrunk ones.
     """
 
-    def __init__(self, axis: int, split: int, how: str) -> None:
-        self.axis, self.split, self.how = axis, split, how
+    def __init__(self, axis: int, split: int, how: str, channels: bool = False) -> None:
+        self.axis, self.split, self.how, self.channels = axis, split, how, channels
         self.ranges: list[torch.Tensor] = []  # (2, groups) of each call
         self.values: list[list[torch.Tensor]] = []  # of each call, of each group
 
     def __call__(self, x: torch.Tensor) -> None:
         x = x.detach().float()
+        if self.channels:
+            rows = x.movedim(self.axis, 0).flatten(1)
+            self.ranges.append(torch.stack([rows.amin(1), rows.amax(1)]))
+            return
         parts = [x]
         if self.split:
             sizes = (self.split, x.shape[self.axis] - self.split)
@@ -119,8 +130,7 @@ class InputObserver:
             for now in ranges[1:]:
                 low, high = (_MOMENTUM * old + (1 - _MOMENTUM) * new for old, new in zip((low, high), now, strict=True))
         if symmetric:
-            high = torch.maximum(low.abs(), high.abs())
-            low = torch.where(low < 0, -high, 0)
+            low, high = symmetric_range(low, high)
         if self.how != "search":
             return grid.fit(low, high)
         found, most = [], max(1, 2 * _KEPT // len(self.values))

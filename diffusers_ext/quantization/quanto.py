@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Any] = {
     "attention": False, "split": False, "symmetric": True, "rounding": "nearest", "scale_iterations": 0,
     "weight_range": "minmax", "act_range": "running", "end_bits": None, "arithmetic": "simulated",
+    "temporal": "none", "step_scales": False, "channel_scales": False, "stages": [],
 }  # fmt: skip
 _TYPES: dict[tuple[str | None, int], str] = {
     ("int", 8): "qint8",

@@ -18,6 +18,7 @@ than nearest rounding.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from torch import nn
 from .attention import AttentionInputs
 from .layers import CalibratedLayer
 from .recording import Call
+from .timing import Clock
 
 _STRETCH, _SHIFT = 1.2, -0.1  # of the rectified sigmoid
 _WARM_UP, _BETAS = 0.2, (20.0, 2.0)
@@ -65,11 +67,21 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a unit got and gave in one call of the denoiser."""
+    """What a unit got and gave in one call of the denoiser.
+
+    Attributes:
+        begin: called before each run of the unit; sets what the denoiser's own call would have set.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
     target: Any
+    begin: Callable[[], Any] = lambda: None
+
+    def run(self, unit: nn.Module) -> Any:
+        """What the unit gives now."""
+        self.begin()
+        return unit(*self.args, **self.kwargs)
 
 
 class _Seen(Exception):
@@ -123,18 +135,28 @@ def samples_of(
     calls: Sequence[Call],
     layers: Sequence[CalibratedLayer],
     attentions: Sequence[AttentionInputs],
+    clocks: Sequence[Clock] = (),
 ) -> list[Sample]:
     """What a unit gets in the network as it is, and what it gives in full precision, for each call."""
     with full_precision(layers, attentions):
         targets = _watched(model, unit, calls, outputs=True)
     inputs = _watched(model, unit, calls, outputs=False)
-    return [Sample(args, kwargs, target) for (args, kwargs), target in zip(inputs, targets, strict=True)]
+    begins = [functools.partial(_set, clocks, call.kwargs["timestep"]) for call in calls]
+    return [
+        Sample(args, kwargs, target, begin)
+        for (args, kwargs), target, begin in zip(inputs, targets, begins, strict=True)
+    ]
+
+
+def _set(clocks: Sequence[Clock], timestep: Any) -> None:
+    for clock in clocks:
+        clock.read(timestep)
 
 
 @torch.no_grad()
 def mean_error(unit: nn.Module, samples: Sequence[Sample], power: float) -> float:
     """The unit's error over all samples."""
-    errors = [unit_error(unit(*sample.args, **sample.kwargs), sample.target, power) for sample in samples]
+    errors = [unit_error(sample.run(unit), sample.target, power) for sample in samples]
     return float(torch.stack(errors).mean())
 
 
@@ -158,7 +180,7 @@ def _minimise(
         sample = samples[int(torch.randint(len(samples), (), generator=generator))]
         with torch.enable_grad():
             prepare()
-            loss = unit_error(unit(*sample.args, **sample.kwargs), sample.target, power)
+            loss = unit_error(sample.run(unit), sample.target, power)
             extra = penalty(iteration)
             loss = loss if extra is None else loss + extra
             for parameter, gradient in zip(
@@ -198,7 +220,7 @@ def learn_rounding(
         Whether what was learnt is better than nearest rounding, and was kept.
     """
     for layer in layers:
-        layer.weights_on, layer.rounded, layer.soft = True, None, None
+        layer.weights_on, layer.rounded, layer.soft, layer.up = True, None, None, None
     nearest = mean_error(unit, samples, 2.0)
     places = [layer.spread_weight_place() for layer in layers]
     alphas = [
@@ -224,12 +246,12 @@ def learn_rounding(
     _minimise(unit, samples, alphas, iterations, rate, 2.0, generator, prepare, penalty, False, tick)
     with torch.no_grad():
         for layer, alpha, place in zip(layers, alphas, places, strict=True):
-            layer.soft = None
-            layer.rounded = layer.weight_grid.between(layer.float_weight, (alpha >= 0).float(), place)
+            layer.soft, layer.up = None, alpha >= 0
+            layer.rounded = layer.weight_grid.between(layer.float_weight, layer.up.float(), place)
     if mean_error(unit, samples, 2.0) < nearest:
         return True
     for layer in layers:
-        layer.rounded = None
+        layer.rounded = layer.up = None
     return False
 
 

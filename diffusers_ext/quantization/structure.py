@@ -75,7 +75,7 @@ def trace(model: nn.Module, call: Call) -> Structure:
     one = call.take(torch.zeros(1, dtype=torch.long))
     sample = one.kwargs[one.sample].detach().clone().requires_grad_(True)
     try:
-        with _frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             Call({**one.kwargs, one.sample: sample}, one.sample, one.step, one.timestep).run(model)
     finally:
         for handle in handles:
@@ -136,7 +136,7 @@ def _see_split(block: str, splits: dict[str, int]) -> Any:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter wants gradients."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:

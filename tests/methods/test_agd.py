@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import re
@@ -178,6 +179,24 @@ def test_one_call_a_step_and_half_the_rows(pipe):
     assert rows == [2, 2, 1, 1]
     adapter.detach()
     handle.remove()
+
+
+@exact
+@pytest.mark.parametrize("config", [dx.TiUELoopfreeConfig(), dx.FasterDiffusionConfig(parallel=True)])
+def test_several_steps_in_one_call_are_refused_in_both_orders(pipe, config):
+    """Adapters take the time of a call, and decoders of several steps at once have several."""
+    adapter = make(pipe)
+    adapter.attach(pipe)
+    with pytest.raises(ValueError, match="`parallel` is True"):
+        dx.enable(pipe, config)
+    assert dx.status(pipe) == []
+    adapter.detach()
+    with dx.enabled(pipe, config), pytest.raises(ValueError, match="parallel=False"):
+        adapter.attach(pipe)
+    dx.enable(pipe, dataclasses.replace(config, parallel=False))
+    adapter.attach(pipe)
+    dx.disable(pipe)
+    adapter.detach()
 
 
 @exact

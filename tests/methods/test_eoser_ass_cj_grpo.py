@@ -1,4 +1,4 @@
-"""EOS early rejection and ascending step sizes, by the five proofs."""
+"""EOS early rejection, ascending step sizes, and policy optimisation on the decoder's states, by the five proofs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import pytest
 import torch
 
 import diffusers_ext as dx
-from tests.common.suite import CommonCase
+from diffusers_ext.training.train_cj_grpo import CJGRPOTask, cj_grpo_loss, main, parse_args
+from tests.common import trainer as trainer_rules
+from tests.common.models import World
+from tests.common.suite import Case, CommonCase
 from tests.languages import FormulaModel, pipeline, quiet
+from tests.methods import test_mdpo
 from tests.methods.test_adablock import MASK, PROMPTS, golden_logits
 from tests.methods.test_radd import run_alone
 
 COMMON = CommonCase(process="other", inputs=run_alone, settings=[{"eos_token_id": 2, "threshold": 0.9}])
 GOLDEN = Path(__file__).parents[1] / "golden" / "eoser_ass_cj_grpo.json"
+CJ_GOLDEN = GOLDEN.with_name("cj_grpo.json")
 EOS = 4
 
 exact = pytest.mark.proof("exact")
@@ -130,7 +135,99 @@ def test_bad_arguments():
             call()
 
 
+# --- exact: CJ-GRPO --------------------------------------------------------------------------------------------------
+
+
+def inputs(folder: Path) -> dict:
+    return {**test_mdpo.inputs(folder), "num_inference_steps": 3}
+
+
+def flags(folder: Path, output: str, **more) -> list[str]:
+    values = {**inputs(folder), "output_dir": folder / output, "max_train_steps": 1, **more}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@exact
+def test_the_loss_is_the_formula():
+    given = {name: value[0] if value.ndim == 3 else value for name, value in golden_run().items()}
+    log_prob, old, reference, committed = (given[name] for name in ("log_prob", "old", "reference", "committed"))
+    advantage = given["rewards"] - given["rewards"].mean()
+    wanted = 0.0
+    for row in range(3):
+        places = committed[row].nonzero().flatten().tolist()
+        for place in places:
+            ratio, a = float((log_prob - old)[row, place].exp()), float(advantage[row])
+            apart = float((reference - log_prob)[row, place])
+            loss = -min(ratio * a, min(max(ratio, 0.5), 1.5) * a) + 0.3 * (math.exp(apart) - apart - 1)
+            wanted += loss / len(places) / 3
+    assert cj_grpo_loss(log_prob, old, advantage, committed, reference, beta=0.3).item() == pytest.approx(wanted)
+    # At the first update: REINFORCE with a baseline.
+    first = old.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(cj_grpo_loss(first, old, advantage, committed), first)
+    count = committed.sum(1, keepdim=True)
+    torch.testing.assert_close(slope, -advantage[:, None] * committed / count / 3)
+
+
+@exact
+def test_a_round_trains_every_state_and_its_ratio_is_one_at_first(tmp_path):
+    task = CJGRPOTask(parse_args(flags(tmp_path, "out")))
+    batch = test_mdpo.prepared(task)
+    task.loss(batch, None)
+    found = task.round.tensors
+    where, states = found["where"], found["states"]
+    assert where.shape == (6, 3, 8) and where.sum(-1).tolist() == [[1, 2, 5]] * 6 and (where.sum(1) == 1).all()
+    assert torch.equal(states[:, 0], torch.full((6, 8), task.mask)) and (states[where] == task.mask).all()
+    assert found["advantage"].view(2, 3, 3).sum(1).abs().max() < 1e-6 and found["advantage"].abs().max() > 0
+    layout = task.layout([text for text in batch["prompt"] for _ in range(3)])
+    for k in range(3):
+        assert torch.equal(found["old"][:, k], task.log_prob(task.model, layout, *task.at(k)))
+    assert torch.equal(found["reference"], found["old"]), "nothing is trained yet"
+    assert isinstance(task.scheduler, dx.AscendingStepScheduler) and task.scheduler.config.eos_token_id == task.eos
+
+
+@exact
+def test_bad_arguments_of_the_trainer(tmp_path):
+    for more, message in (
+        ({"num_inference_steps": 5}, "`--num_inference_steps` is 5; 8 tokens take at most 4"),
+        ({"num_iterations": 0}, "`--num_iterations` is 0"),
+        ({"beta": -1}, "`--beta` is -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(flags(tmp_path, "refused", **more))
+
+
+@exact
+@pytest.mark.slow
+def test_the_trainer_keeps_the_rules_of_trainers(tmp_path):
+    """Those of `tests/common`, which asks a scheduler's row for other ones."""
+    common = CommonCase(inputs=inputs)
+    case = Case(dx.get_method("eoser_ass_cj_grpo"), cj_grpo_loss, (cj_grpo_loss,), common, "cj_grpo")
+    assert trainer_rules.SUITE.broken(case, World(tmp_path, [])) == {}
+
+
 # --- reference -------------------------------------------------------------------------------------------------------
+
+
+def golden_run() -> dict[str, torch.Tensor]:
+    """A group of 3 completions of 7 tokens in 3 steps, by formula."""
+    wave = torch.sin(torch.arange(3 * 3 * 3 * 7, dtype=torch.float64).reshape(3, 3, 3, 7) * 12.9898) * 43758.5453
+    log_prob, old, reference = -2 * torch.frac(wave).abs()  # (steps, completions, tokens)
+    order = torch.arange(7) * torch.tensor([2, 3, 5])[:, None] % 7
+    committed = torch.stack([(order >= low) & (order < high) for low, high in ((0, 1), (1, 3), (3, 7))])
+    rewards = torch.tensor([1.0, 0.0, 0.4]).double()
+    return {"log_prob": log_prob, "old": old, "reference": reference, "committed": committed, "rewards": rewards}
+
+
+@pytest.mark.proof("reference")
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_equals_the_authors_loss(beta):
+    given = golden_run()
+    advantage = given["rewards"] - given["rewards"].mean()
+    steps = zip(*(given[name] for name in ("log_prob", "old", "committed", "reference")), strict=True)
+    losses = [cj_grpo_loss(p, old, advantage, where, ref, beta=beta) for p, old, where, ref in steps]
+    golden = json.loads(CJ_GOLDEN.read_text())["losses"][str(beta)]
+    assert torch.stack(losses).mean().item() == pytest.approx(golden, rel=1e-5)
+
 
 # Their factor of the ascending schedule counts steps over all blocks, ours over those of the block: one block is compared.
 RUNS = {
