@@ -139,7 +139,9 @@ def draw(name: str, title: str, panels: Mapping[str, Mapping[str, Any]]) -> Figu
     figure = Figure(figsize=(7.2 * columns, 4.2 * rows), dpi=90, layout="constrained")
     figure.suptitle(title)
     keys = dict.fromkeys(key for series in panels.values() for key, *_ in series.values() if key is not None)
-    colors = {key: colormaps["tab10" if len(keys) <= 10 else "tab20"](i) for i, key in enumerate(keys)}
+    # The strong colours of tab20, then the pale ones; gray is what diffusers has.
+    palette = [colormaps["tab20"](i) for first in (0, 1) for i in range(first, 20, 2) if i not in (14, 15)]
+    colors = {key: palette[i % len(palette)] for i, key in enumerate(keys)}
     places: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (heading, series) in zip(places, panels.items(), strict=False):
         _draw_panel(axes, heading, series, colors, by_calls=name.endswith("calls"))
