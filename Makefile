@@ -1,5 +1,6 @@
 # Everything happens in a virtual environment, .venv, made from python3 (3.11 or newer) on the first run:
 #     make demo        pictures with and without DeepCache; look at outputs/demo/contact_sheet.png
+#     make app         methods in the browser, beside the plain pictures
 #     make test        the tests, without the slow ones
 #     make test-all    all tests
 #     make lint        style and types
@@ -13,7 +14,7 @@ CHECKED := diffusers_ext tests benchmarks examples
 KEY ?= --all
 COMMIT ?=
 
-.PHONY: help demo test test-all lint bench claim
+.PHONY: help demo app test test-all lint bench claim
 .DEFAULT_GOAL := help
 
 help:
@@ -31,12 +32,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-app: $(VENV)/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[app]'
+	touch $@
+
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/diffusers-ext demo --output outputs/demo
+
+app: $(VENV)/.installed-app
+	$(BIN)/diffusers-ext app
 
 # A process a core, up to four, since each holds its own models; a file stays in one of them.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile

@@ -206,11 +206,12 @@ def _visit_pipeline(parcel: dict[str, Any], repo: str, with_us: bool) -> dict[st
             pipe.load_lora_weights(place, subfolder=folder or None, weight_name=file)
         return draw(pipe, parcel["calls"])
 
-    pipe = load(parcel["folder"])
-    report: dict[str, Any] = {"outputs": {"disk": output(pipe, parcel["folder"])}}
-    if with_us:
+    report: dict[str, Any] = {"outputs": {}}
+    if with_us:  # without, what comes from the Hub is a folder on disk again
         import diffusers_ext as dx
 
+        pipe = load(parcel["folder"])
+        report["outputs"]["disk"] = output(pipe, parcel["folder"])
         report["on"] = [entry.key for entry in dx.status(pipe)]
         if not parcel["lora"]:
             dx.push_to_hub(pipe, repo)

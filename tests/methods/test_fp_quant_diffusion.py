@@ -172,7 +172,7 @@ def test_card():
     card, code = method_card("fp_quant_diffusion"), snippet("fp_quant_diffusion")
     assert "2408.06995" in card and "simulated" in card
     quick = code.replace("num_inference_steps=20", "num_inference_steps=2").replace(
-        "rounding_iterations=1000", "rounding_iterations=1, search_from=0.8"
+        "rounding_iterations=1000", "rounding_iterations=1, search_from=0.8, exclude=['down_blocks', 'up_blocks']"
     )
     assert quick != code
     scope: dict = {}
