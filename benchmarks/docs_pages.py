@@ -23,6 +23,7 @@ WRITTEN = {
     "comparison.md": "Comparison",
     "caches.md": "Where caches work",
     "samplers.md": "Where samplers work",
+    "sampler_defaults.md": "Samplers with their defaults",
     "proofs.md": "Proofs",
     "add_a_paper.md": "Add a paper",
 }

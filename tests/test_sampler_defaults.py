@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from benchmarks import sampler_defaults
 
 
@@ -31,6 +33,19 @@ def _record() -> dict:
 
 def test_below_means_the_whole_interval():
     assert sampler_defaults.below(_record(), "NewScheduler", 5) == {"better": True, "level": False}
+
+
+def test_the_page_in_the_docs_is_that_of_the_record():
+    record = json.loads(sampler_defaults.RECORD.read_text(encoding="utf-8"))
+    page = (sampler_defaults.ROOT / sampler_defaults.PAGE).read_text(encoding="utf-8")
+    assert page == sampler_defaults.page(record), "write it again: python -m benchmarks.sampler_defaults --render"
+    assert (sampler_defaults.ROOT / sampler_defaults.DRAWING).is_file()
+
+
+def test_equal_up_to_rounding_is_not_below():
+    record = _record()
+    record["models"]["better"]["errors"] = _errors(0.5, -2e-6, -1e-6)
+    assert not any(sampler_defaults.below(record, "NewScheduler", 5).values())
 
 
 def test_the_page_and_the_drawing(tmp_path):
