@@ -4,9 +4,10 @@
 
 All make the same pictures from the same seeds with the same number of steps. Cost is multiply-accumulates of the denoiser,
 counted in the runs that are compared, so that of a cache which decides by the batch it is the cost of that batch. A claim is
-how much nearer to the plain run a variant comes than the best peer at equal cost: the error of a peer is taken, picture by
-picture, between the two of its settings that cost a little less and a little more, on a logarithmic scale, and the peer
-with the least mean error counts. Runs of peers are kept on disk and made once for all papers.
+how much nearer to the plain run a variant comes than the best peer for the same cost: the error of a peer is that of its best
+setting that costs no more, or, picture by picture, that between the two of its settings that cost a little less and a little
+more, on a logarithmic scale, where that is smaller; and the peer with the least mean error counts. Runs of peers are kept on
+disk and made once for all papers.
 """
 
 from __future__ import annotations
@@ -75,17 +76,19 @@ class Made:
 
 
 def at_cost(curve: Sequence[Made], macs: float) -> np.ndarray | None:
-    """Error of each picture that a curve of settings has at a cost, or None outside of what it spans.
+    """Error of each picture by the best that a curve of settings offers for a cost, or None where all of it costs more.
 
-    Between two settings the logarithm of the error is linear in the cost. A setting that makes a picture of the plain run
-    is left out: its error has no logarithm.
+    That is the setting with the least mean error of those that cost no more, or, where its mean is lower still, a setting
+    in between: there the logarithm of the error is linear in the cost. A setting that makes a picture of the plain run is
+    no end of such a line, as its error has no logarithm.
     """
+    found = [made.errors for made in curve if made.macs <= macs]
     points = sorted((made for made in curve if made.errors.all()), key=lambda made: made.macs)
     for low, high in itertools.pairwise(points):
         if low.macs <= macs <= high.macs:
             share = 0.0 if high.macs == low.macs else (macs - low.macs) / (high.macs - low.macs)
-            return np.exp((1 - share) * np.log(low.errors) + share * np.log(high.errors))
-    return None
+            found.append(np.exp((1 - share) * np.log(low.errors) + share * np.log(high.errors)))
+    return min(found, key=lambda errors: float(errors.mean()), default=None)
 
 
 def _version(package: str) -> str | None:
@@ -154,7 +157,7 @@ class Frontier:
     Args:
         model: checkpoint of the zoo.
         steps: of all runs.
-        variants: label -> variant. Each costs less than the dearest and more than the cheapest setting of some peer.
+        variants: label -> variant. Each costs more than the cheapest setting of some peer.
         guidance_scale: of classifier-free guidance.
         pictures: how many; papers that name the same number share the runs of peers.
         minutes: that it takes on two idle cores where the runs of peers are on disk. Those take about 8 more a model.
@@ -213,7 +216,7 @@ class Frontier:
         """Make the pictures and add the claims and a table of all settings.
 
         Raises:
-            ValueError: a variant is dearer or cheaper than all settings of every peer, so that nothing has its cost.
+            ValueError: a variant is cheaper than all settings of every peer, so that nothing has its cost.
         """
         runs = Runs(self.model, self.steps, self.guidance_scale, self.pictures, self.zoo, self.cache)
         with tqdm(total=len(self.variants), desc=self.name, unit="run", leave=False) as bar:
@@ -228,7 +231,7 @@ class Frontier:
             found = {peer: at_cost(list(curve.values()), made.macs) for peer, curve in curves.items()}
             there = {peer: errors for peer, errors in found.items() if errors is not None}
             if not there:
-                raise ValueError(f"`variants`: {label!r} costs {made.macs:.4g}, and no peer has settings about that.")
+                raise ValueError(f"`variants`: {label!r} costs {made.macs:.4g}, and no peer has a setting for that.")
             best = min(there, key=lambda peer: float(there[peer].mean()))
             columns = {"ours": made.errors.tolist(), "theirs": there[best].tolist()}
             recorder.paired(

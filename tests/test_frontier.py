@@ -24,8 +24,13 @@ def test_errors_at_a_cost_between_two_settings():
     assert at_cost(curve, 30.0) == pytest.approx([0.01, 1.0]), "a setting itself"
     assert at_cost([curve[0], Made(10.0, np.array([2.0, 2.0]))], 10.0) is not None
     same = [curve[0], Made(60.0, np.array([0.0, 1.0]))]
-    assert at_cost(same, 20.0) is None, "nothing lies between a setting and one that changes nothing"
-    assert at_cost(curve, 9.0) is None and at_cost(curve, 51.0) is None, "nothing is known outside"
+    assert at_cost(same, 20.0) == pytest.approx([1.0, 4.0]), (
+        "nothing lies between a setting and one that changes nothing"
+    )
+    assert at_cost(curve, 9.0) is None, "all cost more"
+    assert at_cost(curve, 51.0) == pytest.approx([0.5, 0.5]), "what costs less may be taken"
+    worse = [curve[1], Made(50.0, np.array([3.0, 9.0]))]
+    assert at_cost(worse, 45.0) == pytest.approx([0.01, 1.0]), "of a curve that turns, the better setting"
 
 
 def test_the_counter_counts_as_the_metric_and_modules_that_hold_each_other():
@@ -99,7 +104,9 @@ def test_runs_of_peers_are_made_once(study, tmp_path, monkeypatch):
     assert asked == [6, 6], "the plain run and ours"
 
 
-def test_what_has_no_peer_at_its_cost_is_refused(study):
-    part = study(interval=1)
+def test_what_costs_less_than_all_peers_is_refused(study, monkeypatch):
+    part = study(interval=3)
+    dear = {"fewer steps": {"5": _cache_peers.peers()["fewer steps"]["5"]}}
+    monkeypatch.setattr(_cache_peers, "peers", lambda *args: dear)
     with pytest.raises(ValueError, match=r"'N2' costs .* no peer"):
         part.measure(Recorder("deepcache", part.settings, part.seeds), None)

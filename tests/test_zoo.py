@@ -67,6 +67,12 @@ def test_a_card_shows_what_was_measured(name):
     assert (folder / "README.md").read_text() == maker.card(quality)
 
 
+def test_the_card_of_the_lora_shows_what_was_recorded():
+    from benchmarks.zoo import make_avatars_hipa as maker
+
+    assert (maker.FOLDER / "README.md").read_text(encoding="utf-8") == maker.card(maker.recorded())
+
+
 def test_avatars_flow_follows_captions_with_guidance():
     from diffusers import FluxPipeline
 

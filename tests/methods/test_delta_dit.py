@@ -16,6 +16,7 @@ from diffusers_ext.hooks._plan import find_run
 from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
+from tests.recipes import check_recipe
 from tests.transformers import TRANSFORMERS, block_deltas, predict_with
 
 COMMON = CommonCase(
@@ -199,6 +200,19 @@ def test_a_run_equals_the_slow_derivation(name):
             deltas = {block: stored[block] for block in left_out}
             expected = predict_with(plain, deltas, lambda step=step: model.predict(plain, step))
         torch.testing.assert_close(found, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+
+
+# --- loads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proof("loads")
+def test_the_recipe_brings_it_back(tmp_path):
+    check_recipe(
+        DiTPipeline.from_pretrained(dx.zoo_path("fashion-dit")),
+        dx.DeltaDiTConfig(num_cached_blocks=5, boundary=0.5, interval=3, early="front", continuation=1),
+        tmp_path,
+        class_labels=[3, 7],
+    )
 
 
 # --- card ------------------------------------------------------------------------------------------------------------

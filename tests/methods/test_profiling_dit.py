@@ -24,6 +24,7 @@ from diffusers_ext.hooks.profiling_dit import full_steps
 from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.suite import CommonCase
+from tests.recipes import check_recipe
 from tests.transformers import TRANSFORMERS, block_deltas, predict_with
 from tests.unets import fill
 
@@ -397,6 +398,19 @@ def test_a_run_that_starts_at_block_0_works_where_the_authors_code_fails():
     """There the delta of such a run is the output less that of block -1. Ours is of the input of the stack."""
     numbers = golden_run(put_on(wan(), (0, 1, 2), WARMUP, (INTERVAL, INTERVAL)))
     assert torch.tensor(numbers).isfinite().all()
+
+
+# --- loads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proof("loads")
+def test_the_recipe_brings_it_back(tmp_path):
+    check_recipe(
+        DiTPipeline.from_pretrained(dx.zoo_path("fashion-dit")),
+        dx.ProfilingDiTConfig((1, 2, 5), warmup=1, interval=(3, 2)),
+        tmp_path,
+        class_labels=[3, 7],
+    )
 
 
 # --- card ------------------------------------------------------------------------------------------------------------
