@@ -32,10 +32,11 @@ class DeltaDiTConfig(HookConfig):
         boundary: b, where the early stage ends: a step number (int), or a fraction of the steps (float in [0, 1]), which
             needs the number of steps, so it is enabled on a pipeline, not on a bare model. 0 has the late stage only,
             1.0 the early one only. The paper tunes it; 0.6 is about its 12 of 20 steps.
-        interval: N, full steps are 0, N, 2N, ... of a run. 1 computes everything.
+        interval: N, full steps are 0, N, 2N, ... of a run, counted from the end of `warmup`. 1 computes everything.
         early: "rear" leaves the rear range out early and the front range late, as the paper does; "front" the other way.
         continuation: an extension of ours, not of the paper. 0 adds the last delta as it is. 1 continues the line through
-            the last two full steps' deltas, which are then both kept.
+            the last two full steps' deltas, 2 the parabola through the last three, which are then all kept.
+        warmup: an extension of ours as well: so many steps at the beginning are full.
 
     Raises:
         ValueError: a value is out of range.
@@ -49,6 +50,7 @@ class DeltaDiTConfig(HookConfig):
     interval: int = 2
     early: str = _REAR
     continuation: int = 0
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         if self.num_cached_blocks is not None and not is_count(self.num_cached_blocks):
@@ -68,8 +70,10 @@ class DeltaDiTConfig(HookConfig):
             raise ValueError(f"`interval` is {self.interval!r}; it must be an integer of at least 1.")
         if self.early not in (_FRONT, _REAR):
             raise ValueError(f"`early` is {self.early!r}; allowed are 'front' and 'rear'.")
-        if not is_count(self.continuation) or self.continuation > 1:
-            raise ValueError(f"`continuation` is {self.continuation!r}; allowed are 0 and 1.")
+        if not is_count(self.continuation) or self.continuation > 2:
+            raise ValueError(f"`continuation` is {self.continuation!r}; allowed are 0, 1 and 2.")
+        if not is_count(self.warmup):
+            raise ValueError(f"`warmup` is {self.warmup!r}; it must be an integer of at least 0.")
 
     @classmethod
     def supports(cls, module: nn.Module) -> str | None:
@@ -135,7 +139,10 @@ class _Plan:
     config: DeltaDiTConfig
 
     def mode(self, call: Call) -> str:
-        if call.step % self.config.interval == 0:
+        first = max(
+            self.config.warmup - 1, 0
+        )  # the last step of the warm-up is the first that the interval counts from
+        if call.step < first or (call.step - first) % self.config.interval == 0:
             return _FULL
         early = self.config.early
         return early if call.step < self._boundary(call.num_steps) else _OTHER[early]

@@ -22,7 +22,7 @@ from tests.transformers import TRANSFORMERS, block_deltas, predict_with
 COMMON = CommonCase(
     settings=[
         {"boundary": 1, "interval": 3},
-        {"num_cached_blocks": 1, "boundary": 2, "interval": 2, "early": "front", "continuation": 1},
+        {"num_cached_blocks": 1, "boundary": 2, "interval": 2, "early": "front", "continuation": 1, "warmup": 3},
     ],
 )
 SUPPORTED = [name for name in TRANSFORMERS if dx.DeltaDiTConfig.supports(TRANSFORMERS[name].make()) is None]
@@ -122,18 +122,49 @@ def test_where_the_inputs_repeat_the_delta_is_the_output(early):
 
 
 @exact
-def test_with_continuation_a_line_of_deltas_goes_on():
-    """An extension of ours; by the deltas of steps 0 and 2, put together by hand for step 3."""
+@pytest.mark.parametrize(("continuation", "weights"), [(1, {2: -0.5, 4: 1.5}), (2, {0: 0.375, 2: -1.25, 4: 1.875})])
+def test_with_continuation_a_polynomial_of_deltas_goes_on(continuation, weights):
+    """An extension of ours; by the deltas of steps 0, 2 and 4, put together by hand for step 5."""
     model = TRANSFORMERS["DiTTransformer2DModel"]
     bare = model.make().double()
     names = block_names(bare)[1:]
-    deltas = [block_deltas(bare, names, lambda step=step: model.predict(bare, step)) for step in (0, 2)]
-    line = {name: [(3 * b - a) / 2 for a, b in zip(deltas[0][name], deltas[1][name], strict=True)] for name in names}
-    constant = predict_with(bare, deltas[1], lambda: model.predict(bare, 3))
-    expected = predict_with(bare, line, lambda: model.predict(bare, 3))
-    found = model.run(dx.enable(bare, dx.DeltaDiTConfig(2, boundary=9, continuation=1)), 4)[3]
+    deltas = {step: block_deltas(bare, names, lambda step=step: model.predict(bare, step)) for step in (0, 2, 4)}
+    going_on = {
+        name: [
+            sum(weight * deltas[step][name][state] for step, weight in weights.items())
+            for state in range(len(deltas[4][name]))
+        ]
+        for name in names
+    }
+    constant = predict_with(bare, deltas[4], lambda: model.predict(bare, 5))
+    expected = predict_with(bare, going_on, lambda: model.predict(bare, 5))
+    found = model.run(dx.enable(bare, dx.DeltaDiTConfig(2, boundary=9, continuation=continuation)), 6)[5]
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     assert (constant - expected).abs().max() > 1e-3
+
+
+@exact
+@pytest.mark.parametrize(
+    ("warmup", "interval", "full"),
+    [
+        (0, 3, [0, 3, 6]),
+        (1, 3, [0, 3, 6]),
+        (3, 2, [0, 1, 2, 4, 6, 8]),
+        (4, 5, [0, 1, 2, 3, 8]),
+        (20, 2, list(range(9))),
+    ],
+)
+def test_the_interval_counts_from_the_end_of_the_warmup(warmup, interval, full):
+    model = TRANSFORMERS["DiTTransformer2DModel"]
+    bare = model.make()
+    count = len(block_names(bare))
+    dx.enable(bare, dx.DeltaDiTConfig(count, boundary=9, interval=interval, warmup=warmup))
+    calls, found = block_calls(bare), []
+    for step in range(9):
+        before = len(calls)
+        model.predict(bare, step)
+        found += [step] if len(calls) > before else []
+    assert found == full
 
 
 @exact
@@ -147,7 +178,8 @@ def test_with_continuation_a_line_of_deltas_goes_on():
         ({"boundary": True}, "`boundary`"),
         ({"interval": 0}, "`interval`"),
         ({"early": "middle"}, "`early`"),
-        ({"continuation": 2}, "`continuation`"),
+        ({"continuation": 3}, "`continuation`"),
+        ({"warmup": -1}, "`warmup`"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):
