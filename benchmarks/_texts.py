@@ -1,4 +1,4 @@
-"""What benchmarks of text samplers share: the zoo's language model, prompts that it never saw, and a judge.
+"""What benchmarks of text samplers share: the zoo's language model, trainings from it, prompts that it never saw, and a judge.
 
 The judge is no network: an interpolated trigram model of the chapters that the language model was trained on. It knows nothing
 of masks, and is asked about text that follows a prompt. A low negative log-likelihood alone says little, since it is low for
@@ -8,10 +8,13 @@ text that repeats itself, so the entropy of the tokens stands beside it.
 from __future__ import annotations
 
 import functools
+import json
 import math
+import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import diffusers_ext as dx
+from benchmarks._trainings import training_folder
 from benchmarks.data import load_kjv
 from diffusers_ext.metrics.text import token_entropy
 
@@ -35,25 +39,53 @@ def verses() -> tuple[Any, Any]:
     )
 
 
-def pipeline(scheduler: Any) -> Any:
-    """Our pipeline with a scheduler on the zoo's model."""
-    model, tokenizer = verses()
-    pipe = dx.MaskedDiffusionPipeline(model, scheduler, tokenizer)
+def pipeline(scheduler: Any, model: Any = None) -> Any:
+    """Our pipeline with a scheduler on the zoo's model, or on another with its tokenizer."""
+    zoo, tokenizer = verses()
+    pipe = dx.MaskedDiffusionPipeline(zoo if model is None else model, scheduler, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def fine_tuned(main: Callable[[list[str]], None], settings: Mapping[str, Any], **own: Any) -> Path:
+    """Folder of what a training script makes of the zoo's model and the chapters that it was trained on.
+
+    Trains, or goes on, where that was not done with these sources and settings. Checkpoints are kept until it is finished.
+
+    Args:
+        main: of the script, `train_<key>`.
+        settings: its arguments in all trainings of the benchmark.
+        own: those of this training, its seed among them.
+    """
+    module = main.__module__
+    work = training_folder(module.rpartition("train_")[2], module, dict(settings))
+    folder, texts = work / "-".join(f"{name}_{value}" for name, value in own.items()), work / "texts.jsonl"
+    if not (folder / "README.md").is_file():  # the last that is written
+        work.mkdir(parents=True, exist_ok=True)
+        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in load_kjv("generator")))
+        values = {
+            "pretrained_model_name_or_path": dx.zoo_path(MODEL), "train_data_dir": texts, **settings, **own,
+            "output_dir": folder, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest",
+        }  # fmt: skip
+        main([f"--{name}={value}" for name, value in values.items()])
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return folder
+
+
 @functools.cache
-def unseen(length: int) -> torch.Tensor:
-    """Windows `(n, length)` of chapters that the model never saw."""
+def unseen(length: int, count: int | None = None) -> torch.Tensor:
+    """Windows `(n, length)` of chapters that the model never saw: all, or `count` that are spread over them."""
+    if count is not None:
+        windows = unseen(length)
+        return windows[torch.linspace(0, len(windows) - 1, count).long()]
     ids = verses()[1](load_kjv("reference")).input_ids
     return torch.tensor([row[i : i + length] for row in ids for i in range(0, len(row) - length + 1, length)])
 
 
 def prompts(count: int, length: int) -> torch.Tensor:
     """Beginnings `(count, PROMPT)` of unseen windows of `length`, spread over all chapters."""
-    windows = unseen(length)
-    return windows[torch.linspace(0, len(windows) - 1, count).long(), :PROMPT]
+    return unseen(length, count)[:, :PROMPT]
 
 
 def prompts_near_ends(count: int, left: int) -> torch.Tensor:
@@ -97,6 +129,16 @@ class TrigramJudge:
         return result
 
 
+def judge(starts: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    """The judge's negative log-likelihood a token of each of `tokens` `(n, length)` after its prompt in `starts`."""
+    return TrigramJudge.of_the_training_data().nats_per_token(torch.cat([starts, tokens], 1), starts.shape[1])
+
+
+def means(columns: Iterable[Sequence[float]]) -> list[float]:
+    """Of each text or window, over trainings: `columns` has a row for each training."""
+    return [sum(row) / len(row) for row in zip(*columns, strict=True)]
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A way to decode: a scheduler and the arguments of the call."""
@@ -114,7 +156,7 @@ class Decoded:
         nats: of each text, per token, by the judge.
         entropy: of the tokens of each text, in nats.
         calls: of the model, of each text.
-        blocks: lengths of the blocks of each text.
+        blocks: lengths of the blocks of each text; empty where the pipeline has none.
     """
 
     tokens: torch.Tensor
@@ -132,12 +174,24 @@ class Decoded:
 COLUMNS = ["judge, nats a token", "entropy of tokens, nats", "calls a text"]
 
 
-def decode(
-    name: str, decoder: Decoder, count: int, gen_length: int, starts: torch.Tensor | None = None, batch: int = 32
+def write(
+    name: str,
+    pipe: Any,
+    count: int,
+    gen_length: int,
+    starts: torch.Tensor | None = None,
+    batch: int = 32,
+    **call: Any,
 ) -> Decoded:
-    """Texts of `count` prompts, or of `starts`; text i is drawn with seed i."""
-    pipe = pipeline(decoder.scheduler)
+    """Texts that a pipeline writes after `count` prompts, or after `starts`; text i is drawn with seed i.
+
+    Args:
+        name: said beside the progress bar.
+        batch: texts at once.
+        call: more arguments of the pipeline's call; one that has a row a text takes a `batch` of `count`.
+    """
     starts = prompts(count, PROMPT + gen_length) if starts is None else starts
+    pipe.set_progress_bar_config(disable=True)
     tokens, calls, blocks = [], [], []
     for first in tqdm(range(0, count, batch), desc=name):
         ids = starts[first : first + batch]
@@ -147,11 +201,17 @@ def decode(
             generator=[torch.Generator().manual_seed(first + i) for i in range(len(ids))],
             stop_at_eos=False,
             output_type="seq",
-            **decoder.call,
+            **call,
         )
         tokens.append(found.sequences)
         calls += found.num_calls
-        blocks += found.block_lengths
+        blocks += getattr(found, "block_lengths", [])
     made = torch.cat(tokens)
-    nats = TrigramJudge.of_the_training_data().nats_per_token(torch.cat([starts, made], 1), PROMPT)
-    return Decoded(made, nats, token_entropy(made).tolist(), calls, blocks)
+    return Decoded(made, judge(starts, made), token_entropy(made).tolist(), calls, blocks)
+
+
+def decode(
+    name: str, decoder: Decoder, count: int, gen_length: int, starts: torch.Tensor | None = None, batch: int = 32
+) -> Decoded:
+    """`write` with the zoo's model."""
+    return write(name, pipeline(decoder.scheduler), count, gen_length, starts, batch, **decoder.call)

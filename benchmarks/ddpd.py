@@ -9,9 +9,6 @@ table has all calls. The judge's likelihood rises for texts that repeat themselv
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,65 +18,31 @@ from transformers import AutoModelForTokenClassification
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
 from benchmarks._record import Recorder, Samples
-from benchmarks._texts import MODEL, PROMPT, Decoded, Decoder, TrigramJudge, decode, prompts, unseen, verses
-from benchmarks._trainings import training_folder
-from benchmarks.data import load_kjv
-from diffusers_ext.metrics.text import token_entropy
+from benchmarks._texts import MODEL, PROMPT, Decoded, Decoder, decode, fine_tuned, judge, means, unseen, verses, write
 from diffusers_ext.schedulers._token_noise import tokens_but_mask
-from diffusers_ext.training._loop import train
-from diffusers_ext.training.train_ddpd import PlannerTask, parse_args
+from diffusers_ext.training import train_ddpd
 
 SEEDS = (0, 1, 2)
 TRAINING: dict[str, Any] = {
     "max_seq_length": 64, "train_batch_size": 16, "max_train_steps": 250, "learning_rate": 5e-4, "lr_scheduler": "cosine",
-    "lr_warmup_steps": 10, "adam_weight_decay": 0.0, "checkpointing_steps": 50, "checkpoints_total_limit": 1,
+    "lr_warmup_steps": 10, "adam_weight_decay": 0.0, "checkpointing_steps": 50,
 }  # fmt: skip
-TEXTS: dict[str, Any] = {"texts": 32, "length": 56}  # N = length and 2 length steps
+TEXTS: dict[str, Any] = {"texts": 64, "length": 56}  # N = length and 2 length steps
 REPAIR: dict[str, Any] = {"texts": 64, "length": 56, "share": 0.1, "steps": 12}
 BENCHMARK = Benchmark(
     "ddpd", settings={"model": MODEL, "training": TRAINING, "texts": TEXTS, "repair": REPAIR, "seeds": list(SEEDS)}
 )
 
 
-def trained(seed: int) -> Any:
-    """A planner; trained, or gone on with, where it is not finished."""
-    work = training_folder("ddpd", "diffusers_ext.training.train_ddpd", TRAINING)
-    folder = work / str(seed)
-    if not (folder / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = work / "texts.jsonl"
-        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in load_kjv("generator")))
-        values = {
-            "pretrained_model_name_or_path": dx.zoo_path(MODEL), "train_data_dir": texts, **TRAINING, "seed": seed,
-            "output_dir": folder, "resume_from_checkpoint": "latest",
-        }  # fmt: skip
-        args = parse_args([text for name, value in values.items() for text in (f"--{name}", str(value))])
-        train(args, PlannerTask(args))
-        for checkpoint in Path(folder).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    return AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 def planned(seed: int) -> Any:
+    """The pipeline with the planner of a seed."""
+    folder = fine_tuned(train_ddpd.main, TRAINING, seed=seed)
+    planner = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32).eval()
     denoiser, tokenizer = verses()
-    pipe = dx.PlannedDenoisingPipeline(trained(seed), denoiser, dx.DDPDScheduler(), tokenizer)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return dx.PlannedDenoisingPipeline(planner, denoiser, dx.DDPDScheduler(), tokenizer)
 
 
-def write(pipe: Any, steps: int) -> Decoded:
-    """Texts of the prompts that `decode` takes, with the same seeds."""
-    starts = prompts(TEXTS["texts"], PROMPT + TEXTS["length"])
-    found = pipe(
-        input_ids=starts, gen_length=TEXTS["length"], num_inference_steps=steps, stop_at_eos=False, output_type="seq",
-        generator=[torch.Generator().manual_seed(i) for i in range(len(starts))],
-    )  # fmt: skip
-    tokens = found.sequences
-    nats = TrigramJudge.of_the_training_data().nats_per_token(torch.cat([starts, tokens], 1), PROMPT)
-    return Decoded(tokens, nats, token_entropy(tokens).tolist(), found.num_calls, [])
-
-
-@BENCHMARK.part("nats_over_masked", "nats_over_confidence", "entropy_over_masked", "drift", minutes=22)
+@BENCHMARK.part("nats_over_masked", "nats_over_confidence", "entropy_over_masked", "drift", minutes=12)
 def texts(recorder: Recorder) -> None:
     """Means over three planners, text by text."""
     length = TEXTS["length"]
@@ -91,10 +54,10 @@ def texts(recorder: Recorder) -> None:
     for seed in tqdm(SEEDS, desc="Planners"):
         pipe = planned(seed)
         for steps, made in found.items():
-            made.append(write(pipe, steps))
+            made.append(write(f"{steps} steps", pipe, TEXTS["texts"], length, num_inference_steps=steps))
 
     def mean(steps: int, name: str) -> list[float]:
-        return [sum(row) / len(row) for row in zip(*(getattr(one, name) for one in found[steps]), strict=True)]
+        return means(getattr(one, name) for one in found[steps])
 
     def add(
         name: str, statement: str, ours: list[float], theirs: list[float], goal: tuple[str, float] | None = ("<=", 0.0)
@@ -103,9 +66,9 @@ def texts(recorder: Recorder) -> None:
         recorder.paired(name, f"{statement}, {MODEL}", samples, "nats a token", goal)
 
     masked, surest = rivals.values()
-    judge = "the judge's negative log-likelihood of planned denoising, one step a token, less that of"
-    add("nats_over_masked", f"{judge} masked diffusion in random order", mean(length, "nats"), masked.nats)
-    add("nats_over_confidence", f"{judge} masked diffusion, surest first", mean(length, "nats"), surest.nats)
+    said = "the judge's negative log-likelihood of planned denoising, one step a token, less that of"
+    add("nats_over_masked", f"{said} masked diffusion in random order", mean(length, "nats"), masked.nats)
+    add("nats_over_confidence", f"{said} masked diffusion, surest first", mean(length, "nats"), surest.nats)
     add(
         "entropy_over_masked", "entropy of the tokens of a text of planned denoising, one step a token, less that of masked "
         "diffusion in random order", mean(length, "entropy"), masked.entropy, (">=", -0.1),
@@ -125,38 +88,32 @@ def texts(recorder: Recorder) -> None:
     )
 
 
-@BENCHMARK.part("repaired", "found", minutes=6)
+@BENCHMARK.part("repaired", "found", minutes=2)
 def repair(recorder: Recorder) -> None:
     """Texts of unseen chapters of which a share of the tokens is redrawn; means over three planners, text by text."""
     length, count = REPAIR["length"], REPAIR["texts"]
-    windows = unseen(PROMPT + length)
-    windows = windows[torch.linspace(0, len(windows) - 1, count).long()]
-    starts, right = windows[:, :PROMPT], windows[:, PROMPT:]
+    starts, right = unseen(PROMPT + length, count).split([PROMPT, length], 1)
     tokenizer, generator = verses()[1], torch.Generator().manual_seed(0)
     others = tokens_but_mask(
         torch.randint(len(tokenizer) - 1, right.shape, generator=generator), tokenizer.mask_token_id
     )
     hit = (torch.rand(right.shape, generator=generator) < REPAIR["share"]) & (others != right)
     damaged = torch.where(hit, others, right)
-    judge = TrigramJudge.of_the_training_data()
-
-    def nats(tokens: torch.Tensor) -> list[float]:
-        return judge.nats_per_token(torch.cat([starts, tokens], 1), PROMPT)
-
-    before, rows, each, shares = nats(damaged), [["unseen text", sum(nats(right)) / count, None, None]], [], []
-    rows.append(["damaged", sum(before) / count, 0.0, 0.0])
+    before, rows, each, shares = judge(starts, damaged), [], [], []
+    rows += [["unseen text", sum(judge(starts, right)) / count, None, None], ["damaged", sum(before) / count, 0.0, 0.0]]
     for seed in SEEDS:
-        after = planned(seed)(
-            input_ids=starts, gen_length=length, start=damaged, num_inference_steps=REPAIR["steps"], stop_at_eos=False,
-            output_type="seq", generator=[torch.Generator().manual_seed(i) for i in range(count)],
-        ).sequences  # fmt: skip
+        made = write(
+            f"planner {seed}", planned(seed), count, length, starts, batch=count, start=damaged,
+            num_inference_steps=REPAIR["steps"],
+        )  # fmt: skip
+        after = made.tokens
         changed = after != damaged
         share = [float((changed & hit)[i].sum() / hit[i].sum().clamp(min=1)) for i in range(count)]
         spoilt = float((changed & ~hit).sum() / (~hit).sum())
-        each.append(nats(after))
+        each.append(made.nats)
         shares.append(share)
-        rows.append([f"planner {seed}", sum(each[-1]) / count, sum(share) / count, spoilt])
-    now, part = ([sum(row) / len(row) for row in zip(*columns, strict=True)] for columns in (each, shares))
+        rows.append([f"planner {seed}", sum(made.nats) / count, sum(share) / count, spoilt])
+    now, part = means(each), means(shares)
     recorder.paired(
         "repaired", f"the judge's negative log-likelihood after {REPAIR['steps']} steps less that of the damaged text, which "
         f"masked diffusion leaves as it is, {MODEL}",

@@ -24,6 +24,7 @@ WRITTEN = {
     "caches.md": "Where caches work",
     "samplers.md": "Where samplers work",
     "sampler_defaults.md": "Samplers with their defaults",
+    "quantization.md": "Where quantization works",
     "proofs.md": "Proofs",
     "add_a_paper.md": "Add a paper",
 }

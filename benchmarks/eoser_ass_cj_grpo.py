@@ -17,28 +17,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
-from benchmarks._digit_orders import BASE, LENGTH, PROBLEMS, accuracy, base, trained
+from benchmarks._digit_orders import LENGTH, SEEDS, TASK, base, compare
 from benchmarks._record import Recorder, Samples
 from benchmarks._texts import COLUMNS, MODEL, Decoder, decode, prompts_near_ends, verses
 from diffusers_ext.training._unmasking_policy import Layout, Runs
 from diffusers_ext.training.train_cj_grpo import CJGRPOTask, parse_args
 
 SETTINGS: dict[str, Any] = {"texts": 64, "length": 96, "steps": 48, "few_steps": 6, "temperature": 0.0, "left": 24}
-SEEDS = (0, 1, 2)
 TRAINING: dict[str, Any] = {
     "num_inference_steps": 3, "num_generations": 8, "train_batch_size": 16, "num_iterations": 4, "temperature": 1.0,
     "beta": 0.0, "learning_rate": 1e-4, "max_train_steps": 200,
 }  # fmt: skip
 BENCHMARK = Benchmark(
     "eoser_ass_cj_grpo",
-    settings={
-        "model": MODEL, **SETTINGS, "problems": PROBLEMS, "base": BASE, "training": TRAINING, "seeds": list(SEEDS)
-    },
+    settings={"model": MODEL, **SETTINGS, **TASK, "training": TRAINING, "seeds": list(SEEDS)},
 )  # fmt: skip
 
 
@@ -103,28 +99,10 @@ class OneStepTask(CJGRPOTask):
 @BENCHMARK.part("accuracy_over_untrained", "accuracy_over_one_step", minutes=14)
 def training(recorder: Recorder) -> None:
     """Three policies by the decoder's states, three by one step."""
-    steps, temperature = TRAINING["num_inference_steps"], TRAINING["temperature"]
-    start, found = base()[0], {}
-    eos = AutoTokenizer.from_pretrained(start).eos_token_id
-    scheduler = dx.AscendingStepScheduler(block_length=LENGTH, num_inference_steps=steps, eos_token_id=eos)
-    before = accuracy(start, scheduler, steps, temperature)
-    for name, task in tqdm({"states of the decoder": CJGRPOTask, "one step": OneStepTask}.items(), desc="Tasks"):
-        folders = [trained("cj-grpo", parse_args, task, seed, TRAINING) for seed in SEEDS]
-        found[name] = [accuracy(folder, scheduler, steps, temperature) for folder in folders]
-    ours = found["states of the decoder"]
-    for claim, rival, theirs, goal in (
-        ("accuracy_over_untrained", "untrained", [before] * len(SEEDS), (">=", 0.05)),
-        ("accuracy_over_one_step", "trained by one step", found["one step"], (">=", 0.0)),
-    ):
-        recorder.paired(
-            claim,
-            f"share of right answers after {TRAINING['max_train_steps']} updates less that of the model {rival}, {steps} "
-            "ascending steps, digits in any order",
-            Samples("difference", {"ours": ours, "theirs": theirs}, 0.05), "", goal,
-        )  # fmt: skip
-    rows = [["untrained", None, before]]
-    rows += [[name, seed, value] for name, values in found.items() for seed, value in zip(SEEDS, values, strict=True)]
-    recorder.table("policies", ["trained by", "seed", "right"], rows)
+    eos = AutoTokenizer.from_pretrained(base()[0]).eos_token_id
+    scheduler = dx.AscendingStepScheduler(block_length=LENGTH, eos_token_id=eos)
+    tasks = {"states of the decoder": CJGRPOTask, "one step": OneStepTask}
+    compare(recorder, "cj-grpo", parse_args, tasks, TRAINING, scheduler, "accuracy_over_one_step", "ascending steps")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     diffusers-ext bench fp_quant_diffusion    # records diffusers_ext/results/fp_quant_diffusion.json
 
 Settings were fixed before measuring. FP8 is weights and activations in 8-bit floats, FP4 weights in 4-bit and activations in
-8-bit floats. INT8 and INT4 are integers with the same search of clip values and, at 4 bits, the same learnt rounding (200
-iterations a block). 64 pictures.
+8-bit floats. INT8 and INT4 are integers with the same search of clip values, from 0.4 of the largest on, and at 4 bits the same
+learnt rounding (200 iterations a block). 64 pictures.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks._bench import Benchmark
-from benchmarks._quantized import QuantizedQuality
+from benchmarks._quantized import add_models
 from diffusers_ext.quantization import PTQConfig
 
-MODELS = {"fashion-ddpm": (50, None, 25), "avatars-sd": (20, 3.0, 45)}
+MODELS = {"fashion-ddpm": (25, None, 12), "avatars-sd": (20, 3.0, 27)}
 
 
 def config(weight_bits: int, **settings: Any) -> PTQConfig:
     return PTQConfig(
-        method="fp_quant_diffusion", weight_bits=weight_bits, calibration_steps=5, rounding_iterations=200, **settings
+        method="fp_quant_diffusion",
+        weight_bits=weight_bits,
+        calibration_steps=5,
+        search_from=0.4,
+        rounding_iterations=200,
+        **settings,
     )
 
 
@@ -38,19 +43,7 @@ COMPARISONS = {
     "fp4_over_int4": ("FP4", "INT4", 0.0),
 }
 BENCHMARK = Benchmark("fp_quant_diffusion")
-for _model, (_steps, _guidance, _minutes) in MODELS.items():
-    BENCHMARK.add(
-        QuantizedQuality(
-            _model,
-            _steps,
-            VARIANTS,
-            COMPARISONS,
-            minutes=_minutes,
-            guidance_scale=_guidance,
-            accuracy=[] if _guidance is None else ["FP8", "FP4"],
-            costs=["FP4"],
-        )
-    )
+add_models(BENCHMARK, MODELS, VARIANTS, COMPARISONS, accuracy=["FP8", "FP4"], costs=["FP4"])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ Settings were fixed before measuring. The judge's likelihood rises for texts tha
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +18,17 @@ from transformers import AutoModelForMaskedLM
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
 from benchmarks._record import Recorder, Samples
-from benchmarks._texts import MODEL, PROMPT, TrigramJudge, prompts, unseen, verses
-from benchmarks._trainings import training_folder
-from benchmarks.data import load_kjv
+from benchmarks._texts import MODEL, PROMPT, fine_tuned, judge, means, pipeline, prompts, unseen, verses, write
 from diffusers_ext.metrics.text import token_entropy
 from diffusers_ext.schedulers._token_noise import HybridNoise, tokens_but_mask
-from diffusers_ext.training._loop import train
-from diffusers_ext.training.train_gidd import EPS, GIDDTask, gidd_loss, parse_args
+from diffusers_ext.training import train_gidd
+from diffusers_ext.training.train_gidd import EPS, gidd_loss
 
 SHARES, SEEDS = (0.0, 0.1, 0.2), (0, 1, 2)
 TRAINING: dict[str, Any] = {
     "max_seq_length": 64, "train_batch_size": 16, "max_train_steps": 150, "learning_rate": 5e-4, "lr_scheduler": "cosine",
     "lr_warmup_steps": 10, "adam_weight_decay": 0.0, "weighting": "dynamic", "num_validation_texts": 0,
-    "checkpointing_steps": 50, "checkpoints_total_limit": 1,
+    "checkpointing_steps": 50,
 }  # fmt: skip
 TEXTS: dict[str, Any] = {"texts": 32, "length": 56, "steps": 32, "corrections": 48}
 BOUND: dict[str, Any] = {"windows": 32, "length": 64, "draws": 8}
@@ -47,20 +42,7 @@ BENCHMARK = Benchmark(
 
 def trained(p_uniform: float, seed: int) -> Any:
     """A model; trained, or gone on with, where it is not finished."""
-    work = training_folder("gidd", "diffusers_ext.training.train_gidd", TRAINING)
-    folder = work / f"{p_uniform}-{seed}"
-    if not (folder / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = work / "texts.jsonl"
-        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in load_kjv("generator")))
-        values = {
-            "pretrained_model_name_or_path": dx.zoo_path(MODEL), "train_data_dir": texts, **TRAINING,
-            "p_uniform": p_uniform, "seed": seed, "output_dir": folder, "resume_from_checkpoint": "latest",
-        }  # fmt: skip
-        args = parse_args([text for name, value in values.items() for text in (f"--{name}", str(value))])
-        train(args, GIDDTask(args))
-        for checkpoint in Path(folder).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+    folder = fine_tuned(train_gidd.main, TRAINING, p_uniform=p_uniform, seed=seed)
     return AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -68,10 +50,8 @@ def trained(p_uniform: float, seed: int) -> Any:
 def bounds(model: Any, p_uniform: float) -> list[float]:
     """The bound of each unseen window, nats a token; the same noise for all models of a share."""
     mask, generator = verses()[1].mask_token_id, torch.Generator().manual_seed(0)
-    windows = unseen(BOUND["length"])
-    windows = windows[torch.linspace(0, len(windows) - 1, BOUND["windows"]).long()]
     values = []
-    for window in windows:
+    for window in unseen(BOUND["length"], BOUND["windows"]):
         clean = window.expand(BOUND["draws"], -1)
         level = (torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)) / len(clean)
         t = EPS + (1 - 2 * EPS) * level
@@ -84,28 +64,19 @@ def bounds(model: Any, p_uniform: float) -> list[float]:
 
 def measured(model: Any, p_uniform: float) -> dict[str, list[float]]:
     """Bound of each window; judge and entropy of each text before and after self-correction, and what that took."""
-    pipe = dx.MaskedDiffusionPipeline(model, dx.GIDDScheduler(p_uniform=p_uniform), verses()[1])
-    pipe.set_progress_bar_config(disable=True)
-    starts = prompts(TEXTS["texts"], PROMPT + TEXTS["length"])
-
-    def seeds(first: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(first + i) for i in range(len(starts))]
-
-    made = pipe(
-        input_ids=starts, gen_length=TEXTS["length"], num_inference_steps=TEXTS["steps"], generator=seeds(0),
-        stop_at_eos=False, output_type="seq",
-    ).sequences  # fmt: skip
-    before = torch.cat([starts, made], 1)
-    fixed = dx.SelfCorrection(pipe, max_steps=TEXTS["corrections"])(
-        before, prompt_length=PROMPT, generator=seeds(10**6)
-    )
-    judge = TrigramJudge.of_the_training_data()
+    count, length = TEXTS["texts"], TEXTS["length"]
+    pipe, starts = pipeline(dx.GIDDScheduler(p_uniform=p_uniform), model), prompts(count, PROMPT + length)
+    made = write("texts", pipe, count, length, num_inference_steps=TEXTS["steps"])
+    seeds = [torch.Generator().manual_seed(10**6 + i) for i in range(count)]
+    correct = dx.SelfCorrection(pipe, max_steps=TEXTS["corrections"])
+    fixed = correct(torch.cat([starts, made.tokens], 1), prompt_length=PROMPT, generator=seeds)
+    after = fixed.sequences[:, PROMPT:]
     return {
         "bound": bounds(model, p_uniform),
-        "before": judge.nats_per_token(before, PROMPT),
-        "after": judge.nats_per_token(fixed.sequences, PROMPT),
-        "entropy before": token_entropy(before[:, PROMPT:]).tolist(),
-        "entropy after": token_entropy(fixed.sequences[:, PROMPT:]).tolist(),
+        "before": made.nats,
+        "after": judge(starts, after),
+        "entropy before": made.entropy,
+        "entropy after": token_entropy(after).tolist(),
         "changes": [float(count) for count in fixed.num_changes],
         "calls": [float(count) for count in fixed.num_calls],
     }
@@ -114,7 +85,7 @@ def measured(model: Any, p_uniform: float) -> dict[str, list[float]]:
 @BENCHMARK.part(
     *(f"correction_{p}" for p in SHARES),
     *(f"{name}_{p}" for p in SHARES[1:] for name in ("correction_over_masks", "entropy_change", "samples_over_masks", "bound_over_masks")),
-    minutes=30,
+    minutes=16,
 )  # fmt: skip
 def trainings(recorder: Recorder) -> None:
     """Means over three trainings, text by text and window by window."""
@@ -122,9 +93,7 @@ def trainings(recorder: Recorder) -> None:
     rows = []
     for p in tqdm(SHARES, desc="Shares of uniform noise"):
         each = [measured(trained(p, seed), p) for seed in SEEDS]
-        found[p] = {
-            name: [sum(row) / len(row) for row in zip(*(one[name] for one in each), strict=True)] for name in each[0]
-        }
+        found[p] = {name: means(one[name] for one in each) for name in each[0]}
         rows += [
             [f"{p}, seed {seed}", *(sum(one[name]) / len(one[name]) for name in one)]
             for seed, one in zip(SEEDS, each, strict=True)

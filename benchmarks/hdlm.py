@@ -12,8 +12,6 @@ measured.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,50 +20,19 @@ from transformers import AutoModelForMaskedLM
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
 from benchmarks._record import Recorder, Samples
-from benchmarks._texts import COLUMNS, MODEL, PROMPT, Decoded, TrigramJudge, prompts, verses
-from benchmarks._trainings import training_folder
-from benchmarks.data import load_kjv
-from diffusers_ext.metrics.text import token_entropy
+from benchmarks._texts import COLUMNS, MODEL, Decoded, fine_tuned, means, pipeline, write
 from diffusers_ext.training import train_hdlm
 
 SETTINGS: dict[str, Any] = {"texts": 64, "length": 64, "steps": 64, "eta": 0.015, "window": (8, 8)}
 SEEDS = (0, 1, 2)
-TRAINING = (
-    "--epsilon=0.01", "--max_seq_length=72", "--train_batch_size=16", "--max_train_steps=150", "--learning_rate=5e-4",
-    "--lr_warmup_steps=15", "--lr_scheduler=constant_with_warmup", "--checkpointing_steps=30", "--num_validation_texts=0",
-    "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest",
-)  # fmt: skip
-BENCHMARK = Benchmark("hdlm", settings={"model": MODEL, "training": list(TRAINING), **SETTINGS})
+TRAINING: dict[str, Any] = {
+    "epsilon": 0.01, "max_seq_length": 72, "train_batch_size": 16, "max_train_steps": 150, "learning_rate": 5e-4,
+    "lr_warmup_steps": 15, "lr_scheduler": "constant_with_warmup", "checkpointing_steps": 30, "num_validation_texts": 0,
+}  # fmt: skip
+BENCHMARK = Benchmark("hdlm", settings={"model": MODEL, "training": TRAINING, **SETTINGS})
 
 
-def trained(seed: int) -> Path:
-    """Folder of a model; trains it, or goes on, where that was not done."""
-    folder = training_folder("hdlm", "diffusers_ext.training.train_hdlm", list(TRAINING))
-    output = folder / f"model-{seed}"
-    if not (output / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        texts = folder / "texts.jsonl"
-        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in load_kjv("generator")))
-        where = (f"--pretrained_model_name_or_path={dx.zoo_path(MODEL)}", f"--train_data_dir={texts}")
-        train_hdlm.main([*where, *TRAINING, f"--seed={seed}", f"--output_dir={output}"])
-    return output
-
-
-def run(model: Any, scheduler: Any, steps: int) -> Decoded:
-    """Texts of a model; text i is drawn with seed i."""
-    pipe = dx.MaskedDiffusionPipeline(model, scheduler, verses()[1])
-    pipe.set_progress_bar_config(disable=True)
-    starts = prompts(SETTINGS["texts"], PROMPT + SETTINGS["length"])
-    found = pipe(
-        input_ids=starts, gen_length=SETTINGS["length"], num_inference_steps=steps, stop_at_eos=False, output_type="seq",
-        generator=[torch.Generator().manual_seed(i) for i in range(len(starts))],
-    )  # fmt: skip
-    made = found.sequences
-    nats = TrigramJudge.of_the_training_data().nats_per_token(torch.cat([starts, made], 1), PROMPT)
-    return Decoded(made, nats, token_entropy(made).tolist(), found.num_calls, found.block_lengths)
-
-
-@BENCHMARK.part("nats_of_correction", "entropy_of_correction", minutes=24)
+@BENCHMARK.part("nats_of_correction", "entropy_of_correction", minutes=12)
 def correction(recorder: Recorder) -> None:
     """With correction and without, text by text."""
     steps, (width, levels) = SETTINGS["steps"], SETTINGS["window"]
@@ -76,16 +43,18 @@ def correction(recorder: Recorder) -> None:
     made: dict[str, Decoded] = {}
     groups: dict[str, list[Decoded]] = {name: [] for name in schedulers}
     for seed in (None, *SEEDS):
-        folder = dx.zoo_path(MODEL) if seed is None else trained(seed)
+        folder = dx.zoo_path(MODEL) if seed is None else fine_tuned(train_hdlm.main, TRAINING, seed=seed)
         model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
         for name, (scheduler, count) in schedulers.items():
-            found = run(model, scheduler, count)
-            made[f"{name}, {'no hybrid training' if seed is None else f'model {seed}'}"] = found
+            title = f"{name}, {'no hybrid training' if seed is None else f'model {seed}'}"
+            pipe = pipeline(scheduler, model)
+            found = write(title, pipe, SETTINGS["texts"], SETTINGS["length"], num_inference_steps=count)
+            made[title] = found
             if seed is not None:
                 groups[name].append(found)
 
     def mean(name: str, kind: str) -> list[float]:
-        return [sum(each) / len(SEEDS) for each in zip(*(getattr(one, kind) for one in groups[name]), strict=True)]
+        return means(getattr(one, kind) for one in groups[name])
 
     for kind, said, goal in (
         ("nats", "the judge's negative log-likelihood", ("<=", 0.0)), ("entropy", "the entropy of tokens", (">=", -0.05)),

@@ -14,17 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 import diffusers_ext as dx
 from benchmarks._bench import Benchmark
-from benchmarks._digit_orders import BASE, PROBLEMS, accuracy, base, measure, trained
+from benchmarks._digit_orders import LENGTH, SEEDS, TASK, base, compare, measure
 from benchmarks._record import Recorder, Samples
 from benchmarks._texts import COLUMNS, MODEL, Decoder, decode
 from diffusers_ext.training._unmasking_policy import Runs
 from diffusers_ext.training.train_mdpo import MDPOTask, backslides, parse_args
 
-STEPS, TEMPERATURE, SEEDS = 4, 0.4, (0, 1, 2)
+STEPS, TEMPERATURE = 4, 0.4
 TRAINING: dict[str, Any] = {
     "num_inference_steps": STEPS, "sample_train_steps": STEPS, "num_generations": 8, "train_batch_size": 16,
     "num_iterations": 1, "temperature": TEMPERATURE, "beta": 0.0, "learning_rate": 1e-4, "max_train_steps": 120,
@@ -32,9 +31,7 @@ TRAINING: dict[str, Any] = {
 VERSES: dict[str, Any] = {"texts": 64, "length": 64, "steps": 16, "temperature": 0.0}
 BENCHMARK = Benchmark(
     "mdpo",
-    settings={
-        "problems": PROBLEMS, "base": BASE, "training": TRAINING, "seeds": list(SEEDS), "model": MODEL, "verses": VERSES
-    },
+    settings={**TASK, "training": TRAINING, "seeds": list(SEEDS), "model": MODEL, "verses": VERSES},
 )  # fmt: skip
 SCHEDULERS = {"surest first": dx.UnmaskingScheduler, "running confidence": dx.RunningConfidenceScheduler}
 
@@ -49,7 +46,9 @@ class FinalRewardTask(MDPOTask):
 @BENCHMARK.part("decoding_accuracy", "decoding_backslides", minutes=4)
 def decoding(recorder: Recorder) -> None:
     """Running confidence against the surest first, on the model before any policy."""
-    rewards = {name: measure(base()[0], cls(block_length=8), STEPS, TEMPERATURE) for name, cls in SCHEDULERS.items()}
+    rewards = {
+        name: measure(base()[0], cls(block_length=LENGTH), STEPS, TEMPERATURE) for name, cls in SCHEDULERS.items()
+    }
     right = {name: value[:, -1].tolist() for name, value in rewards.items()}
     slid = {name: backslides(value).double().tolist() for name, value in rewards.items()}
     for claim, what, values, goal in (
@@ -91,26 +90,9 @@ def verses(recorder: Recorder) -> None:
 @BENCHMARK.part("accuracy_over_untrained", "accuracy_over_final_reward", minutes=14)
 def training(recorder: Recorder) -> None:
     """Three policies by rewards of every step, three by that of the end."""
-    scheduler = dx.RunningConfidenceScheduler(block_length=8)
-    before = accuracy(base()[0], scheduler, STEPS, TEMPERATURE)
-    found: dict[str, list[float]] = {}
-    for name, task in tqdm({"rewards of every step": MDPOTask, "final reward": FinalRewardTask}.items(), desc="Tasks"):
-        folders = [trained("mdpo", parse_args, task, seed, TRAINING) for seed in SEEDS]
-        found[name] = [accuracy(folder, scheduler, STEPS, TEMPERATURE) for folder in folders]
-    ours = found["rewards of every step"]
-    for claim, rival, theirs, goal in (
-        ("accuracy_over_untrained", "untrained", [before] * len(SEEDS), (">=", 0.05)),
-        ("accuracy_over_final_reward", "trained by the final reward alone", found["final reward"], (">=", 0.0)),
-    ):
-        recorder.paired(
-            claim,
-            f"share of right answers after {TRAINING['max_train_steps']} updates less that of the model {rival}, {STEPS} steps, "
-            "digits in any order",
-            Samples("difference", {"ours": ours, "theirs": theirs}, 0.05), "", goal,
-        )  # fmt: skip
-    rows = [["untrained", None, before]]
-    rows += [[name, seed, value] for name, values in found.items() for seed, value in zip(SEEDS, values, strict=True)]
-    recorder.table("policies", ["trained by", "seed", "right"], rows)
+    tasks = {"rewards of every step": MDPOTask, "the final reward alone": FinalRewardTask}
+    scheduler = dx.RunningConfidenceScheduler(block_length=LENGTH)
+    compare(recorder, "mdpo", parse_args, tasks, TRAINING, scheduler, "accuracy_over_final_reward")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     diffusers-ext bench ptq4dm            # records diffusers_ext/results/ptq4dm.json
 
 Settings were fixed before measuring. W8A8 is 8-bit weights and activations, W4A8 4-bit weights, W4A16 4-bit weights and
-activations in float. Calibration sets are compared at W8A6, where activations matter most, on as many inputs each: one step of
-each sample, by the paper's normal distribution, at the first or at the last step. 64 pictures.
+activations in float. Calibration sets are compared at W8A6, where activations matter most, on the smallest model and on as
+many inputs each: one step of each sample, by the paper's normal distribution, at the first or at the last step. 64 pictures.
 
 The time of integer products hangs on the processor: without AVX512-VNNI or AMX torch has no fast ones.
 """
@@ -12,11 +12,12 @@ The time of integer products hangs on the processor: without AVX512-VNNI or AMX 
 from __future__ import annotations
 
 from benchmarks._bench import Benchmark
-from benchmarks._quantized import QuantizedQuality, claim_integer_time
+from benchmarks._quantized import add_models, claim_integer_time
 from benchmarks._record import Recorder
 from diffusers_ext.quantization import PTQConfig
 
-MODELS = {"fashion-ddpm": (50, None, 14), "fashion-dit": (25, 3.0, 14), "avatars-sd": (20, 3.0, 22)}
+MODELS = {"fashion-ddpm": (25, None, 9), "fashion-dit": (25, 3.0, 7), "avatars-sd": (20, 3.0, 10)}
+SAMPLES = 32  # one input each: more than where a sample gives five
 TIMING = {"channels": [320, 640], "batch": 1, "rounds": 3, "threads": 2}
 
 
@@ -41,7 +42,6 @@ VARIANTS = {
     "W4A16_minmax": minmax(4, None),
     "W8A8_quanto": PTQConfig(method="minmax", backend="quanto"),
     "W8A16_quanto": PTQConfig(method="minmax", backend="quanto", act_bits=None),
-    **{f"W8A6_{steps}": ptq4dm(8, 6, timesteps=steps) for steps in ("normal", "noisiest", "cleanest")},
 }
 COMPARISONS = {
     "over_minmax_W8A8": ("W8A8", "W8A8_minmax", 0.0),
@@ -49,23 +49,17 @@ COMPARISONS = {
     "over_minmax_W4A16": ("W4A16", "W4A16_minmax", 0.0),
     "over_quanto_W8A8": ("W8A8", "W8A8_quanto", 0.0),
     "over_quanto_W8A16": ("W8A16", "W8A16_quanto", 0.0),
+}
+PARTS = {f"W8A6_{steps}": ptq4dm(8, 6, timesteps=steps) for steps in ("normal", "noisiest", "cleanest")}
+PART_COMPARISONS = {
     "normal_over_noisiest": ("W8A6_normal", "W8A6_noisiest", 0.0),
     "normal_over_cleanest": ("W8A6_normal", "W8A6_cleanest", 0.0),
 }
 BENCHMARK = Benchmark("ptq4dm", settings={"timing": TIMING}, peers=["optimum-quanto"])
-for _model, (_steps, _guidance, _minutes) in MODELS.items():
-    BENCHMARK.add(
-        QuantizedQuality(
-            _model,
-            _steps,
-            VARIANTS,
-            COMPARISONS,
-            minutes=_minutes,
-            guidance_scale=_guidance,
-            accuracy=[] if _guidance is None else ["W8A8", "W4A8"],
-            costs=["W8A8"],
-        )
-    )
+add_models(
+    BENCHMARK, MODELS, VARIANTS, COMPARISONS, parts=PARTS, part_comparisons=PART_COMPARISONS,
+    accuracy=["W8A8", "W4A8"], costs=["W8A8"], samples=SAMPLES,
+)  # fmt: skip
 
 
 @BENCHMARK.part("integer_time", minutes=6)

@@ -1,11 +1,14 @@
-"""What Q-Diffusion is worth: against plain ranges and optimum-quanto, and what each of its parts adds.
+"""What Q-Diffusion is worth: against plain ranges, optimum-quanto and torchao, and what each of its parts adds.
 
     diffusers-ext bench q_diffusion       # records diffusers_ext/results/q_diffusion.json
 
 Settings were fixed before measuring: 200 iterations of rounding and 100 of scales a block, where the paper takes 20,000 and
 5,000. W8A8 is 8-bit weights and activations, W4A8 4-bit weights, W4A16 4-bit weights and activations in float. The parts are
 added one after the other at W4A8 on the smallest model: the search of ranges, the split of concatenated inputs, learnt
-rounding, learnt scales. 64 pictures.
+rounding, learnt scales. 64 pictures, and 128 for the Fréchet distances: what W8A8 changes, over what other seeds change.
+
+torchao quantizes linear layers alone, with scales of activations that it finds as the model runs. Where there are convolutions
+its pictures are those of a model that is mostly in float, so that the comparison with it has no goal.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks._bench import Benchmark
-from benchmarks._quantized import QuantizedQuality
+from benchmarks._quantized import add_models
 from diffusers_ext.quantization import PTQConfig
 
-MODELS = {"fashion-ddpm": (50, None, 30), "fashion-dit": (25, 3.0, 25), "avatars-sd": (20, 3.0, 55)}
+MODELS = {"fashion-ddpm": (25, None, 13), "fashion-dit": (25, 3.0, 9), "avatars-sd": (20, 3.0, 18)}
 LEARNING = {"rounding_iterations": 200, "scale_iterations": 100}
 
 
@@ -39,13 +42,14 @@ VARIANTS = {
     **{label: q_diffusion(*bits) for label, bits in BITS.items()},
     **{f"{label}_minmax": minmax(*bits) for label, bits in BITS.items()},
     "W8A8_quanto": PTQConfig(method="minmax", backend="quanto"),
-    "W8A16_quanto": PTQConfig(method="minmax", backend="quanto", act_bits=None),
+    "W8A8_torchao": PTQConfig(method="minmax", backend="torchao"),
 }
 COMPARISONS = {
     "over_minmax_W8A8": ("W8A8", "W8A8_minmax", 0.0),
     "over_minmax_W4A8": ("W4A8", "W4A8_minmax", 6.0),
     "over_minmax_W4A16": ("W4A16", "W4A16_minmax", 0.0),
     "over_quanto_W8A8": ("W8A8", "W8A8_quanto", 0.0),
+    "over_torchao_W8A8": ("W8A8", "W8A8_torchao", None),
 }
 # Each adds one part to the one before; the last is the whole method.
 PARTS = {
@@ -59,21 +63,11 @@ PART_COMPARISONS = {
     "part_rounding": ("rounding", "split", 0.0),
     "part_scales": ("W4A8", "rounding", 0.0),
 }
-SMALLEST = "fashion-ddpm"
-BENCHMARK = Benchmark("q_diffusion", peers=["optimum-quanto"])
-for _model, (_steps, _guidance, _minutes) in MODELS.items():
-    BENCHMARK.add(
-        QuantizedQuality(
-            _model,
-            _steps,
-            {**VARIANTS, **(PARTS if _model == SMALLEST else {})},
-            {**COMPARISONS, **(PART_COMPARISONS if _model == SMALLEST else {})},
-            minutes=_minutes,
-            guidance_scale=_guidance,
-            accuracy=[] if _guidance is None else ["W8A8", "W4A8"],
-            costs=["W4A8"],
-        )
-    )
+BENCHMARK = Benchmark("q_diffusion", peers=["optimum-quanto", "torchao"])
+add_models(
+    BENCHMARK, MODELS, VARIANTS, COMPARISONS, parts=PARTS, part_comparisons=PART_COMPARISONS,
+    accuracy=["W8A8", "W4A8"], costs=["W4A8"], frechet=["W8A8"],
+)  # fmt: skip
 
 
 if __name__ == "__main__":

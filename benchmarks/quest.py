@@ -2,7 +2,7 @@
 
     diffusers-ext bench quest       # records diffusers_ext/results/quest.json
 
-Settings were fixed before measuring: 200 iterations of rounding a block; ten epochs of each stage over 32 samples at five
+Settings were fixed before measuring: 200 iterations of rounding a block; ten epochs of each stage over 16 samples at five
 steps, at 1e-4 for weights and 1e-3 for the logarithms of scales, where the paper takes 300 and 20 epochs over 8 and 64 samples a
 step at 1e-5. W4A8 is 4-bit weights with 8-bit activations, W4A4 both with 4 bits. The parts are added one after the other
 at W4A4 on the smallest model: Q-Diffusion without learnt scales, scales for each step and channel, the first stage, the
@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks._bench import Benchmark
-from benchmarks._quantized import QuantizedQuality
+from benchmarks._quantized import add_models
 from diffusers_ext.quantization import PTQConfig
 
-MODELS = {"fashion-ddpm": (50, None, 60), "fashion-dit": (25, 3.0, 45)}
+MODELS = {"fashion-ddpm": (25, None, 16), "fashion-dit": (25, 3.0, 13)}
 
 
 def config(method: str, act_bits: int, **settings: Any) -> PTQConfig:
@@ -54,21 +54,11 @@ PART_COMPARISONS = {
     "part_stage_1": ("stage_1", "scales", 0.0),
     "part_stage_2": ("W4A4", "stage_1", 0.0),
 }
-SMALLEST = "fashion-ddpm"
 BENCHMARK = Benchmark("quest")
-for _model, (_steps, _guidance, _minutes) in MODELS.items():
-    BENCHMARK.add(
-        QuantizedQuality(
-            _model,
-            _steps,
-            {**VARIANTS, **(PARTS if _model == SMALLEST else {})},
-            {**COMPARISONS, **(PART_COMPARISONS if _model == SMALLEST else {})},
-            minutes=_minutes,
-            guidance_scale=_guidance,
-            accuracy=[] if _guidance is None else ["W4A8", "W4A4"],
-            costs=["W4A4"],
-        )
-    )
+add_models(
+    BENCHMARK, MODELS, VARIANTS, COMPARISONS, parts=PARTS, part_comparisons=PART_COMPARISONS,
+    accuracy=["W4A8", "W4A4"], costs=["W4A4"],
+)  # fmt: skip
 
 
 if __name__ == "__main__":

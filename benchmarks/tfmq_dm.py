@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks._bench import Benchmark
-from benchmarks._quantized import QuantizedQuality
+from benchmarks._quantized import add_models
 from diffusers_ext.quantization import PTQConfig
 
-MODELS = {"fashion-ddpm": (50, None, 40), "avatars-sd": (20, 3.0, 35)}
+MODELS = {"fashion-ddpm": (25, None, 14), "avatars-sd": (20, 3.0, 10)}
 
 
 def config(method: str, weight_bits: int = 4, act_bits: int = 8, **settings: Any) -> PTQConfig:
@@ -55,21 +55,11 @@ PART_COMPARISONS = {
     "part_selection": ("W4A8", "reconstruct", 0.0),
     "over_q_diffusion_W4A6": ("W4A6", "W4A6_q_diffusion", 0.0),
 }
-SMALLEST = "fashion-ddpm"
 BENCHMARK = Benchmark("tfmq_dm")
-for _model, (_steps, _guidance, _minutes) in MODELS.items():
-    BENCHMARK.add(
-        QuantizedQuality(
-            _model,
-            _steps,
-            {**VARIANTS, **(PARTS if _model == SMALLEST else {})},
-            {**COMPARISONS, **(PART_COMPARISONS if _model == SMALLEST else {})},
-            minutes=_minutes,
-            guidance_scale=_guidance,
-            accuracy=[] if _guidance is None else ["W4A8"],
-            costs=["W4A8"],
-        )
-    )
+add_models(
+    BENCHMARK, MODELS, VARIANTS, COMPARISONS, parts=PARTS, part_comparisons=PART_COMPARISONS,
+    accuracy=["W4A8"], costs=["W4A8"],
+)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ _PACKAGE = "diffusers_ext"
 # No part of any one method: the table of all methods, and what records results and writes cards about them. A row added or a
 # card worded differently must not make results stale. They have tests of their own.
 _ABOUT_METHODS = tuple(f"{_PACKAGE}.{name}" for name in ("registry", "proofs", "cards", "training._card"))
+_RUN_BY = "RUN_BY"  # in a module: dotted names of modules that call it
 # A list of numbers in indented JSON. Strings in JSON hold no line end, so there is no match in one.
 _NUMBERS = re.compile(r"\[\n([-+.\w\s,]+)\]")
 _HASHES = {"measured": "source_hash", "proved": "proofs_hash"}  # parts of a result, and the hash that each carries
@@ -119,8 +120,8 @@ def source_hash(module: str) -> str:
 def module_sources(module: str) -> dict[str, Path]:
     """Source files of `module` and of all modules that it imports from its own package and from `diffusers_ext`.
 
-    Imports inside functions count; those for type checkers only and those by computed names do not. A name imported
-    from a package counts as the module that defines it: the package's `__init__` is searched for where it takes the
+    Imports inside functions count; those for type checkers only and those by computed names do not. What calls a module
+    without being imported by it counts where the module names it: `RUN_BY = ("diffusers_ext.what",)`. A name imported from a package counts as the module that defines it: the package's `__init__` is searched for where it takes the
     name from (also under `TYPE_CHECKING`, where lazy packages say so), and itself counts only if it defines the name,
     or if the package is imported as a whole. The `__init__` files that Python runs on the way to a submodule do not
     count, and neither do the registry, a table of all methods, and what records results and writes cards.
@@ -250,6 +251,8 @@ def _parse(module: str, path: Path, mtime_ns: int, size: int) -> _Source:
     for node in _module_level(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             origins.update(_bindings(node, package))
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == _RUN_BY:
+            uses += [(name, None) for name in ast.literal_eval(node.value)]
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from diffusers_ext.cards import method_card, snippet
 from diffusers_ext.quantization import PTQConfig, calibrate
 from tests.common.models import STOCKS, Stock
 
@@ -79,6 +81,35 @@ def tiny(name: str = "tiny-ddpm") -> tuple[Any, Stock]:
     pipe = STOCKS[name].make()
     pipe.set_progress_bar_config(disable=True)
     return pipe, STOCKS[name]
+
+
+def run_card(key: str, number: str, **settings: Any) -> None:
+    """Read the card of a method and run its code, with two steps and `settings`, since what is shown takes minutes.
+
+    Args:
+        key: of the method.
+        number: of its paper.
+        settings: of the `PTQConfig`, in place of those shown.
+
+    Raises:
+        AssertionError: something is missing in the card, or its code does not give what it says.
+    """
+    card, code = method_card(key), snippet(key)
+    assert number in card and "simulated" in card
+    for heading in ("What it does", "When to use it", "When not to use it", "How to call it"):
+        assert f"## {heading}" in card
+    method = f'method="{key}"'
+    assert code.count(method) == 1 and code.count("num_inference_steps=20") == 2
+    code = code.replace("num_inference_steps=20", "num_inference_steps=2")
+    for name, value in settings.items():
+        code, shown = re.subn(rf"\b{name}=[^,)]+", f"{name}={value!r}", code)
+        if not shown:
+            code = code.replace(method, f"{method}, {name}={value!r}")
+    names: dict[str, Any] = {}
+    exec(compile(code, f"card of {key}", "exec"), names)
+    assert names["image"].size == (32, 32)
+    config = names["pipe"].unet.config.quantization_config
+    assert config.method == key and config.layers and all(getattr(config, n) == v for n, v in settings.items())
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

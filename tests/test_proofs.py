@@ -262,6 +262,7 @@ def sources(module: str) -> list[str]:
         ("from . import lazy", ["lazy", "sub.deep"]),
         ("from .bare import z", ["bare.z"]),  # a folder without `__init__.py`
         ("from .bare.z import z", ["bare.z"]),
+        ('RUN_BY = ("planted.chain", "planted.sub.deep")', ["_core", "chain", "ring", "sub.deep"]),
     ],
 )
 def test_imports_are_followed(plant, line, found):

@@ -18,7 +18,7 @@ What lies where, in the order in which a calibration goes through it:
 - `rounding`: what is learnt against full precision, block by block. `finetuning`: in the whole network.
 - `layers`, `attention`: what is quantized, while it is calibrated and as it is kept. `packing`: codes in bytes. `timing`: which
   entry of a table with one for each timestep holds.
-- `int8`: the same by integer products. `quanto`: optimum-quanto as another backend.
+- `int8`: the same by integer products. `backends`: other packages behind the same settings: `quanto`, `_torchao`, `_bitsandbytes`.
 - `loader`: the diffusers quantizer, which saves and loads. `summary`: what a card says of a quantized pipeline.
 """
 

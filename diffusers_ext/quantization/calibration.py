@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import _compat
 from .attention import attach
+from .backends import MODULES, backend
 from .config import PTQConfig
 from .cost import measured
 from .layers import is_quantizable
@@ -43,7 +44,11 @@ def calibrate(
         pipe.save_pretrained("small")        # loads again with `import diffusers_ext` and stock `from_pretrained`
 
     The pipeline runs once for each batch of prompts, then the methods' stages run on what was recorded. If anything fails on
-    the way, the pipeline is as it was.
+    the way, the pipeline is as it was. Backends that find ranges while the model is used look at the first batch alone, for
+    the layers that run.
+
+    What backend "torchao" makes is saved as diffusers' own: stock `from_pretrained` loads it without this package. It must be
+    given the `dtype` that the model had, or takes bfloat16.
 
     Args:
         pipe: a pipeline with a `unet` or a `transformer`, called once a step or, for guidance, more than once.
@@ -75,6 +80,10 @@ def calibrate(
     if unknown:
         raise ValueError(f"`exclude` names {unknown}, which are no modules of this {type(model).__name__}.")
     runs = _runs(pipe, prompts, num_samples, batch_size, seed, call)
+    if config.backend in MODULES:
+        other = backend(config.backend)
+        other.package()  # or an error now, before any work
+        runs = runs if other.CALIBRATES else runs[:1]
     config = dataclasses.replace(config, layers={}, attentions=[], exclude=list(config.exclude), calibration={})
     with measured(next(model.parameters()).device) as cost:
         _calibrate(pipe, model, config, runs, num_inference_steps, seed)
@@ -96,10 +105,8 @@ def _calibrate(
         raise ValueError(
             f"`num_inference_steps` is {num_steps} and `timesteps` {config.timesteps!r}: nothing was recorded."
         )
-    if config.backend == "quanto":
-        from . import quanto
-
-        quanto.calibrate(model, config, calls)
+    if config.backend in MODULES:
+        backend(config.backend).calibrate(model, config, calls)
         return
     session = Session(model, config, calls, seed, times)
     with session.in_place():

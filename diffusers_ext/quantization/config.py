@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from .backends import MODULES, backend, check_settings
 from .grids import FLOAT_MANTISSAS, UNIFORM_BITS
 from .layers import LayerForm
 from .methods import METHODS, defaults_of
@@ -16,11 +17,10 @@ from .timing import Clock
 
 QUANT_METHOD = "diffusers_ext_ptq"
 FORMAT_VERSION = 1
-BACKENDS = ("native", "quanto")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "weight_format": ("int", "float"),
     "act_format": ("int", "float"),
-    "backend": BACKENDS,
+    "backend": ("native", *MODULES),
     "arithmetic": ("simulated", "int8"),
     "timesteps": ("uniform", "normal", "noisiest", "cleanest"),
     "weight_range": ("minmax", "search"),
@@ -47,7 +47,7 @@ class PTQConfig(QuantizationConfigMixin):
         method: "minmax" (plain ranges), "ptq4dm", "q_diffusion", "fp_quant_diffusion", "tfmq_dm", "quest".
         weight_bits: of integers 2 to 8 or 16, of floats 4 or 8.
         act_bits: of the inputs of layers; None leaves activations in float.
-        weight_format, act_format: "int" or "float".
+        weight_format, act_format: "int" or "float"; of weights by bitsandbytes also "nf", its 4-bit NormalFloat.
         symmetric: whether the grids of weights, and of activations with negative values, are symmetric.
         end_bits: bits of weights and inputs of the first and the last layer that the sample goes through; None takes 8 for
             "ptq4dm" and "tfmq_dm", and else those of all layers.
@@ -59,7 +59,8 @@ class PTQConfig(QuantizationConfigMixin):
         timestep_mean, timestep_std: of "normal", as shares of the run, counted from the image.
         calibration_steps: how many steps of a run "uniform" takes.
         weight_range: "minmax", or "search" for the best of shrunk ranges.
-        act_range: as well, or "running" for a running mean of the ranges of each recorded call.
+        act_range: as well, or "running" for a running mean of the ranges of each recorded call; "dynamic" for those of each row
+            of each input while the model is used, by torchao and bitsandbytes alone.
         search_from: smallest factor by which a search shrinks a range, in steps of 0.01.
         search_power: p of the error |x_q - x|^p that a search makes least.
         rounding: "nearest", or "adaround" for weights rounded so that the output of their block changes least.
@@ -78,9 +79,11 @@ class PTQConfig(QuantizationConfigMixin):
         finetune_rate: learning rate of the weights while finetuning.
         finetune_scale_rate: of the logarithms of the scales; that of the first stage is a tenth of it.
         exclude: names of modules to leave in float.
-        backend: "native", or "quanto" for weights and activations by the package optimum-quanto.
-        arithmetic: "simulated" computes in float with quantized values; "int8" with products of 8-bit integers where
-            weights and inputs have at most 8 bits; see `int8` for where that is fast.
+        backend: "native", or a package that does all of it: "quanto" (optimum-quanto), "torchao", "bitsandbytes". Of the
+            settings, only formats, bits and `exclude` are then open. The last two quantize linear layers, and leave
+            convolutions in float. docs/quantization.md says what works with which, and on what hardware.
+        arithmetic: of the native backend: "simulated" computes in float with quantized values; "int8" with products of 8-bit
+            integers where weights and inputs have at most 8 bits; see `int8` for where that is fast.
         layers: name -> [weight bits, activation bits, split, times, channels] of what is quantized, the last two only where
             the input has a grid for each of `group_times` (1) or `step_times` (2), or for each channel (1); `calibrate`
             fills it in.
@@ -150,10 +153,13 @@ class PTQConfig(QuantizationConfigMixin):
             )
         if self.method not in METHODS:
             raise ValueError(f"`method` is {self.method!r}; allowed are {', '.join(METHODS)}.")
-        for name, value in {**defaults_of(self.method, self.act_bits), **self._backend_settings()}.items():
+        other = backend(self.backend) if self.backend in tuple(MODULES) else None
+        settings, extra = ({}, {}) if other is None else (other.SETTINGS, other.EXTRA)
+        for name, value in {**defaults_of(self.method, self.act_bits), **settings}.items():
             if getattr(self, name) is None:
                 setattr(self, name, list(value) if isinstance(value, list) else value)
-        for name, allowed in _CHOICES.items():
+        for name, choices in _CHOICES.items():
+            allowed = (*choices, *extra.get(name, ()))
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed are {', '.join(allowed)}.")
         self._check_numbers()
@@ -172,9 +178,7 @@ class PTQConfig(QuantizationConfigMixin):
             raise ValueError("`channel_scales` is True and `act_range` 'search'; allowed are 'minmax' and 'running'.")
         if not isinstance(self.exclude, list) or not all(isinstance(name, str) for name in self.exclude):
             raise ValueError(f"`exclude` is {self.exclude!r}; a list of names of modules is needed.")
-        if self.backend == "quanto":
-            from .quanto import check_settings
-
+        if other is not None:
             check_settings(self)
         elif self.arithmetic == "int8":
             bits = (self.weight_bits, self.act_bits)
@@ -186,16 +190,8 @@ class PTQConfig(QuantizationConfigMixin):
             if self.channel_scales:
                 raise ValueError("`arithmetic` is 'int8' and `channel_scales` True; integer products need one scale.")
 
-    def _backend_settings(self) -> dict[str, Any]:
-        """What the backend does, where the settings leave it open."""
-        if self.backend != "quanto":
-            return {}
-        from .quanto import SETTINGS
-
-        return SETTINGS
-
     def _check_bits(self, name: str, bits: Any, form: str | None) -> None:
-        allowed = tuple(FLOAT_MANTISSAS) if form == "float" else UNIFORM_BITS
+        allowed = {"float": tuple(FLOAT_MANTISSAS), "nf": (4,)}.get(form or "", UNIFORM_BITS)
         if isinstance(bits, bool) or bits not in allowed:
             raise ValueError(f"`{name}` is {bits!r}; of format {form!r} there are {', '.join(map(str, allowed))}.")
 
@@ -241,6 +237,10 @@ class PTQConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """All settings; diffusers prints them."""
         return self.to_dict()
+
+    def excludes(self, name: str) -> bool:
+        """Whether `exclude` names that module, or one that it is in."""
+        return any(name == part or name.startswith(f"{part}.") for part in self.exclude)
 
     def form_of(self, name: str) -> LayerForm:
         """How layer `name` is quantized, of those in `layers`."""

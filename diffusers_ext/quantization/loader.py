@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import _compat
 from .attention import attach, attached, detach
+from .backends import MODULES, backend
 from .config import QUANT_METHOD, PTQConfig
 from .layers import QuantizedLayer
 from .session import attention_inputs, put
@@ -34,28 +35,44 @@ class PTQQuantizer(DiffusersQuantizer):
                 "`diffusers_ext.quantization.calibrate`."
             )
 
+        self._extras: dict[str, torch.Tensor] = {}  # tensors of the backend's that are none of the model's
+
+    @property
+    def _backend(self) -> Any:
+        """The module of the backend, None for our own layers. Not kept: models are copied, and modules cannot be."""
+        name = self.quantization_config.backend
+        return backend(name) if name in MODULES else None
+
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """None would make diffusers cast the tensors to the dtypes of empty ones."""
         return torch_dtype or torch.float32
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: PTQConfig = self.quantization_config
-        if config.backend == "quanto":
-            from . import quanto
-
-            quanto.lay_out(model, config)
-        else:
+        if self._backend is None:
             _lay_out(model, config)
+        else:
+            self._backend.package()
+            self._backend.lay_out(model, config)
         model.config.quantization_config = config
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        return [key for key in loaded_keys if not self._is_extra(key)]
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keep back what is set last; shards bring it in any order."""
+        self._extras |= {key: value for key, value in state_dict.items() if self._is_extra(key)}
+        return {key: value for key, value in state_dict.items() if not self._is_extra(key)}
+
+    def _is_extra(self, key: str) -> bool:
+        return self._backend is not None and self._backend.is_extra(self.quantization_config, key)
 
     def check_if_quantized_param(
         self, model: Any, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        if self.quantization_config.backend != "quanto":
+        if self._backend is None:
             return param_name.rpartition(".")[2] in _PLACES
-        from . import quanto
-
-        return quanto.is_part(model, param_name)
+        return self._backend.is_part(model, param_name)
 
     def create_quantized_param(
         self,
@@ -67,21 +84,18 @@ class PTQQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if self.quantization_config.backend != "quanto":
+        if self._backend is None:
             owner, _, name = param_name.rpartition(".")  # `param_value` is rounded to the model's dtype already
             setattr(model.get_submodule(owner), name, state_dict[param_name].to(target_device, torch.float32))
             return
-        from . import quanto
-
-        quanto.set_part(model, param_name, param_value.to(target_device))
+        self._backend.set_part(model, param_name, param_value.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # Tensors that are mapped from the file may be aligned otherwise, and results differ in the last bits: activations
         # at the middle between two values of a grid would then be rounded the other way.
-        if self.quantization_config.backend == "quanto":
-            from . import quanto
-
-            quanto.finish(model, self.quantization_config)
+        if self._backend is not None:
+            extras, self._extras = self._extras, {}
+            self._backend.finish(model, self.quantization_config, extras)
         else:
             for module in model.modules():
                 for tensors in (module._parameters, module._buffers):
@@ -91,8 +105,11 @@ class PTQQuantizer(DiffusersQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        if self.quantization_config.backend == "quanto":
-            raise ValueError("A model that optimum-quanto quantized cannot be dequantized; load it in full precision.")
+        if self._backend is not None:
+            name = self.quantization_config.backend
+            raise ValueError(
+                f"A model that backend {name!r} quantized cannot be dequantized; load it in full precision."
+            )
         config: PTQConfig = self.quantization_config
         if any(name not in config.layers for name in config.tables):
             raise ValueError(
@@ -127,10 +144,13 @@ class PTQQuantizer(DiffusersQuantizer):
 
 def mark_quantized(model: Any, config: PTQConfig) -> None:
     """Make a model say what `from_pretrained` makes a quantized one say."""
-    model.register_to_config(quantization_config=config)
-    model.hf_quantizer = PTQQuantizer(config, pre_quantized=True)
+    quantizer: DiffusersQuantizer = PTQQuantizer(config, pre_quantized=True)
+    if config.backend == "torchao":
+        quantizer = backend("torchao").stock_quantizer(config)
+    model.register_to_config(quantization_config=quantizer.quantization_config)
+    model.hf_quantizer = quantizer
     model.is_quantized = True
-    model.quantization_method = config.quant_method
+    model.quantization_method = quantizer.quantization_config.quant_method
 
 
 def register() -> None:

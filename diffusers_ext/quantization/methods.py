@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import PTQConfig
     from .session import Session
 
+RUN_BY = ("diffusers_ext.quantization.calibration",)  # what was measured of a method is of the core that runs it
 # Key -> module and class of ours. By name, so that a method's file is imported when it is asked for.
 METHODS = {
     "minmax": "methods:PTQMethod",

@@ -7,65 +7,43 @@ running means of maxima. There are no grids for attention inputs, no split and n
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .backends import COMMON, Format, imported, layers_of
 from .recording import Call
-from .structure import trace
 
 if TYPE_CHECKING:
     from .config import PTQConfig
 
-# What the backend does, whatever the method; other values are refused.
-SETTINGS: dict[str, Any] = {
-    "attention": False, "split": False, "symmetric": True, "rounding": "nearest", "scale_iterations": 0,
-    "weight_range": "minmax", "act_range": "running", "end_bits": None, "arithmetic": "simulated",
-    "temporal": "none", "step_scales": False, "channel_scales": False, "stages": [],
-}  # fmt: skip
+SETTINGS: dict[str, Any] = {**COMMON, "act_range": "running"}
+EXTRA: dict[str, tuple[str, ...]] = {}
+CALIBRATES = True
 _TYPES: dict[tuple[str | None, int], str] = {
     ("int", 8): "qint8",
     ("int", 4): "qint4",
     ("int", 2): "qint2",
     ("float", 8): "qfloat8",
 }
+FORMATS: dict[Format, tuple[Format, ...]] = {form: (None, ("int", 8), ("float", 8)) for form in _TYPES}
 
 
-def check_settings(config: PTQConfig) -> None:
-    """Refuse what the backend cannot do.
+def package() -> Any:
+    """optimum-quanto.
 
     Raises:
-        ValueError: a setting is another than the backend's.
+        ImportError: it is not installed.
     """
-    for name, value in SETTINGS.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"`{name}` is {getattr(config, name)!r}; backend 'quanto' allows {value!r}.")
-    for what, bits, form in (
-        ("weight_bits", config.weight_bits, config.weight_format), ("act_bits", config.act_bits, config.act_format),
-    ):  # fmt: skip
-        fits = (form, bits) in _TYPES and (what == "weight_bits" or bits == 8)
-        if not fits and bits is not None:
-            raise ValueError(
-                f"`{what}` is {bits!r} of format {form!r}; backend 'quanto' has integers of 8, 4 and 2 bits and floats "
-                "of 8 for weights, and either of 8 bits, or none, for activations."
-            )
-
-
-def _quanto() -> Any:
-    if importlib.util.find_spec("optimum") is None or importlib.util.find_spec("optimum.quanto") is None:
-        raise ImportError("`backend` is 'quanto', and optimum-quanto is not installed: pip install optimum-quanto.")
-    import optimum.quanto
-
-    return optimum.quanto
+    return imported("optimum.quanto", "quanto", "optimum-quanto")
 
 
 def _converted(layer: nn.Module, config: PTQConfig) -> nn.Module:
     """quanto's module for a layer, which shares its weights until it is frozen."""
-    _quanto()
+    package()
     from optimum.quanto.nn.qmodule import quantize_module
 
     types = [
@@ -85,14 +63,8 @@ def calibrate(model: nn.Module, config: PTQConfig, calls: Sequence[Call]) -> Non
     """
     from .session import put
 
-    quanto = _quanto()
-    names = [
-        name
-        for name in trace(model, calls[0]).layers
-        if not any(name == part or name.startswith(f"{part}.") for part in config.exclude)
-    ]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no linear or convolution layer to quantize.")
+    quanto = package()
+    names = layers_of(model, config, calls, linear=False)
     before = {name: model.get_submodule(name) for name in names}
     try:
         after = {name: _converted(layer, config) for name, layer in before.items()}
@@ -133,6 +105,11 @@ def lay_out(model: nn.Module, config: PTQConfig) -> None:
         put(model, name, layer)
 
 
+def is_extra(config: PTQConfig, name: str) -> bool:
+    """Whether a stored tensor is none of the model's own: there is none."""
+    return False
+
+
 def _parent(model: nn.Module, name: str) -> tuple[Any, str]:
     parent: Any = model
     *path, last = name.split(".")
@@ -152,7 +129,7 @@ def set_part(model: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(parent, last, value)
 
 
-def finish(model: nn.Module, config: PTQConfig) -> None:
+def finish(model: nn.Module, config: PTQConfig, extras: Mapping[str, torch.Tensor]) -> None:
     """Build quanto's weights anew from their loaded parts: a weight that was made empty goes on saying that it is."""
     for name in config.layers:
         layer = model.get_submodule(name)

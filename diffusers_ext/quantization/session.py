@@ -75,7 +75,7 @@ class Session:
             self.time_projections, self.time_layers = found
             self.sensitive = sensitive_layers(model, first, self.structure.attentions, self.structure.timewise)
         attention = config.attention and config.act_bits is not None
-        config.attentions = [name for name in self.structure.attentions if attention and not _excluded(config, name)]
+        config.attentions = [name for name in self.structure.attentions if attention and not config.excludes(name)]
         self.float_layers = {name: model.get_submodule(name) for name in config.layers}
         self.layers = {name: CalibratedLayer(layer, config.form_of(name)) for name, layer in self.float_layers.items()}
         if self.block is not None and not self.cached:
@@ -322,14 +322,10 @@ def _layer_table(config: PTQConfig, structure: Structure) -> dict[str, list[int 
     """`PTQConfig.layers`."""
     table: dict[str, list[int | None]] = {}
     for name in structure.layers:
-        if _excluded(config, name):
+        if config.excludes(name):
             continue
         at_end = config.end_bits is not None and name in (structure.first, structure.last)
         bits = config.end_bits if at_end else config.weight_bits
         acts = config.end_bits if at_end and config.act_bits is not None else config.act_bits
         table[name] = [bits, acts, structure.splits.get(name, 0) if config.split else 0]
     return table
-
-
-def _excluded(config: PTQConfig, name: str) -> bool:
-    return any(name == part or name.startswith(f"{part}.") for part in config.exclude)

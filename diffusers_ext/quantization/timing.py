@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 _TIMESTEP = "timestep"
+_HANDLES = "_clock_handles"  # attribute of a denoiser; a copy of the denoiser has handles of its own hooks there
 
 
 class Clock:
@@ -35,6 +36,7 @@ class Clock:
     def __init__(self, times: Sequence[float], strict: bool = False) -> None:
         self.times, self.strict, self.position = tuple(times), strict, 1
         self.index, self.known = torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.bool)
+        self._tables = {"cpu": torch.tensor(self.times, dtype=torch.float32, device="cpu")}
 
     def read(self, timestep: Any) -> None:
         """Take the timestep of a call: a number, a tensor of one, or one for each row.
@@ -47,7 +49,7 @@ class Clock:
             given = given[:1]
         slack = 2 * torch.finfo(given.dtype).eps if given.is_floating_point() else 0.0
         given = given.float()[:, None]
-        times = torch.tensor(self.times, device=given.device)
+        times = self._times_on(given.device)
         slack = slack * given.abs()
         self.index = ((times >= given - slack).sum(1) - 1).clamp(min=0)
         self.known = ((times[self.index] - given[:, 0]).abs() <= slack[:, 0]).detach()
@@ -57,6 +59,13 @@ class Clock:
                 f"timesteps {self.times[0]:g} to {self.times[-1]:g} of its calibration alone: use the same scheduler and "
                 "number of steps, or calibrate with `temporal='auto'`."
             )
+
+    def _times_on(self, device: torch.device) -> torch.Tensor:
+        """`times` as a tensor, which is copied to a device once. Threads that come at once agree on one of their copies."""
+        name = str(device)
+        if name not in self._tables:
+            self._tables.setdefault(name, self._tables["cpu"].to(device))
+        return self._tables[name]
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """As a pre-hook."""
@@ -86,14 +95,14 @@ def attach_clocks(model: nn.Module, clocks: Iterable[Clock]) -> None:
     """Make clocks read the timestep of each call of a denoiser."""
     for clock in clocks:
         clock.position = timestep_position(type(model))
-        model.register_forward_pre_hook(clock, with_kwargs=True)
+        handle = model.register_forward_pre_hook(clock, with_kwargs=True)
+        vars(model).setdefault(_HANDLES, []).append(handle)
 
 
 def detach_clocks(model: nn.Module) -> None:
     """Undo `attach_clocks`."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Clock)]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for handle in vars(model).pop(_HANDLES, []):
+        handle.remove()
 
 
 def falling(times: Iterable[float]) -> list[float]:

@@ -175,6 +175,10 @@ class UnmaskingStep:
         """Tokens `(batch, block)` with all masks drawn."""
         return self.draw(self.masked)
 
+    def use_tokens(self, tokens: torch.Tensor) -> None:
+        """Commit from `tokens` `(batch, block)`, for rules that draw them by a law of their own."""
+        self.tokens = tokens
+
     def log_probabilities(self, where: torch.Tensor) -> torch.Tensor:
         """What the model says where `where` is true, at temperature 1 and unfiltered: `(number, vocabulary)` float64."""
         return torch.log_softmax(without_mask(self.logits[where], self.mask_token_id), -1)

@@ -157,7 +157,7 @@ class EnergyReweightedScheduler(UnmaskingScheduler):
         chosen[rows] = safe_categorical(weights, uniform=choice[rows])
         tokens = now.sample.clone()
         tokens[row, place] = drawn.gather(0, chosen[row][None]).squeeze(0)
-        now.__dict__["tokens"] = tokens
+        now.use_tokens(tokens)
 
     def _numbers(self, now: UnmaskingStep) -> torch.Tensor:
         """The numbers by which the first text is drawn: those of a step without energy."""

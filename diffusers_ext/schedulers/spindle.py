@@ -75,5 +75,5 @@ class SpindleScheduler(CarriesStatistics, UnmaskingScheduler):
             tokens[now.masked] = p.argmax(-1)
         else:
             tokens[now.masked] = safe_categorical((p * h).log(), uniform=now.for_tokens[now.masked])
-        now.__dict__["tokens"] = tokens
+        now.use_tokens(tokens)
         return committed

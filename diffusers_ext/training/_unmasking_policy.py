@@ -237,8 +237,13 @@ class Round(Callback):
 
 
 class UnmaskingPolicyTask(Task):
-    """Rounds of runs. A method says what it decodes with, what runs are worth, and what the loss of a state is."""
+    """Rounds of runs. A method says what it decodes with, what runs are worth, and what the loss of a state is.
 
+    Attributes:
+        script: name of the module that trains it, for the card.
+    """
+
+    script: str
     on_device = ()
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -383,10 +388,9 @@ class UnmaskingPolicyTask(Task):
         self.tokenizer.save_pretrained(folder)
         self.scheduler.save_pretrained(folder / "scheduler")
 
-    def policy_card(self, script: str, summary: dict[str, Any]) -> str:
-        """The card of a result."""
+    def card(self, args: argparse.Namespace, summary: dict[str, Any]) -> str:
         tags = ["masked-diffusion", "reinforcement-learning"]
-        return training_card(self.args, script, "AutoModelForMaskedLM", summary, tags, "transformers")
+        return training_card(args, self.script, "AutoModelForMaskedLM", summary, tags, "transformers")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -65,6 +64,8 @@ def cj_grpo_loss(
 
 
 class CJGRPOTask(UnmaskingPolicyTask):
+    script = "train_cj_grpo"
+
     def decoder(self) -> UnmaskingScheduler:
         sizes = {
             "block_length": self.args.max_completion_length, "num_inference_steps": self.args.num_inference_steps
@@ -93,9 +94,6 @@ class CJGRPOTask(UnmaskingPolicyTask):
         reference: torch.Tensor | None,
     ) -> torch.Tensor:
         return cj_grpo_loss(log_prob, old, advantage, where, reference, self.args.epsilon, self.args.beta)
-
-    def card(self, args: argparse.Namespace, summary: dict[str, Any]) -> str:
-        return self.policy_card("train_cj_grpo", summary)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -299,13 +299,26 @@ def stages(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
         yield stage
 
 
+def train_stages(
+    args: argparse.Namespace, stages: Iterable[argparse.Namespace], task: Callable[[argparse.Namespace], TeacherTask]
+) -> None:
+    """Train one stage after the other. A resumed run leaves out those before the last whose pipelines are finished.
+
+    Args:
+        args: of the whole run.
+        stages: arguments of each stage; the last one writes to the output folder of the run.
+        task: makes the task of a stage.
+    """
+    for stage in stages:
+        finished = stage.output_dir != args.output_dir and Path(stage.output_dir, "model_index.json").is_file()
+        if not (finished and args.resume_from_checkpoint):
+            train(stage, task(stage))
+
+
 def main(argv: list[str] | None = None) -> None:
     setup_logging()
     args = parse_args(argv)
-    for stage in stages(args):
-        finished = stage.output_dir != args.output_dir and Path(stage.output_dir, "model_index.json").is_file()
-        if not (finished and args.resume_from_checkpoint):
-            train(stage, GuidedDistillationTask(stage))
+    train_stages(args, stages(args), GuidedDistillationTask)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -90,6 +89,8 @@ def backslides(rewards: torch.Tensor) -> torch.Tensor:
 
 
 class MDPOTask(UnmaskingPolicyTask):
+    script = "train_mdpo"
+
     def decoder(self) -> UnmaskingScheduler:
         sizes = {
             "block_length": self.args.max_completion_length, "num_inference_steps": self.args.num_inference_steps
@@ -121,9 +122,6 @@ class MDPOTask(UnmaskingPolicyTask):
         reference: torch.Tensor | None,
     ) -> torch.Tensor:
         return mdpo_loss(log_prob, old, advantage, where, reference, self.args.epsilon, self.args.beta)
-
-    def card(self, args: argparse.Namespace, summary: dict[str, Any]) -> str:
-        return self.policy_card("train_mdpo", summary)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

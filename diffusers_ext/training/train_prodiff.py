@@ -30,7 +30,7 @@ from torch import nn
 from ._card import training_card
 from ._data import SampleNoise
 from ._diffusion import Latents, check_proportion
-from ._loop import setup_logging, train
+from ._loop import setup_logging
 from ._teacher import (
     Conditions,
     Process,
@@ -40,7 +40,7 @@ from ._teacher import (
     check_teacher_arguments,
     few_step_scheduler,
 )
-from .train_guided_distillation import halving_target, step_levels
+from .train_guided_distillation import halving_target, step_levels, train_stages
 
 STAGES = ("teacher", "distill")
 _BIAS = 6.0  # the authors', so that local means, which are divided by, are positive
@@ -245,10 +245,7 @@ def stages(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
 def main(argv: list[str] | None = None) -> None:
     setup_logging()
     args = parse_args(argv)
-    for stage in stages(args):
-        finished = stage.output_dir != args.output_dir and Path(stage.output_dir, "model_index.json").is_file()
-        if not (finished and args.resume_from_checkpoint):
-            train(stage, ProDiffTask(stage))
+    train_stages(args, stages(args), ProDiffTask)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,10 @@ class _Rounds(Callback):
     """What a resumed run needs besides the UNet: critic and value with their optimizers, and the runs of this round.
 
     Attributes:
-        states: samples before each step and at the end, `(batches, steps + 1, places, ...)`.
+        states: samples before each step and at the end, `(places of this process, batches, steps + 1, ...)`.
     """
+
+    accelerator: Accelerator
 
     def __init__(self, critic: Critic, value: Value, rates: tuple[float, float]) -> None:
         self.critic, self.value = critic, value
@@ -104,10 +106,12 @@ class _Rounds(Callback):
         return {"critic": self.critic, "value": self.value, "f": self.optimizers[0], "v": self.optimizers[1]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"states": self.states, **{name: part.state_dict() for name, part in self._parts().items()}}
+        states = self.accelerator.gather(self.states)  # called in every process
+        return {"states": states, **{name: part.state_dict() for name, part in self._parts().items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.states = state["states"]
+        number, of = self.accelerator.process_index, self.accelerator.num_processes
+        self.states = state["states"].chunk(of)[number].to(self.accelerator.device)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 
@@ -135,6 +139,7 @@ class SFTTask(UnconditionalTask):
     def prepare(self, dataset: Any, accelerator: Accelerator) -> None:
         super().prepare(dataset, accelerator)
         self.pictures, self.accelerator = dataset, accelerator
+        self.rounds.accelerator = accelerator
         self.rounds.critic.to(accelerator.device)
         self.rounds.value.to(accelerator.device)
         self.scheduler.set_timesteps(self.args.num_inference_steps, accelerator.device)
@@ -147,18 +152,17 @@ class SFTTask(UnconditionalTask):
         number = int(batch["sample_id"][0]) // whole
         turn, at = divmod(number, args.n_generator)
         if at == 0:
-            self.rounds.states = torch.stack([
-                self.draw(turn * args.n_critic + each, places, whole) for each in range(args.n_critic)
-            ])  # fmt: skip
+            drawn = [self.draw(turn * args.n_critic + each, places, whole) for each in range(args.n_critic)]
+            self.rounds.states = torch.stack(drawn).movedim(2, 0).contiguous()
         # Each place takes the steps of its own runs in an order of its own, none twice in a round.
         taken = torch.tensor([
             torch.randperm(args.n_critic * steps, generator=generator_for(_ORDER ^ args.seed, turn * whole + place))[at]
             for place in places.tolist()
         ])  # fmt: skip
-        states = self.rounds.states.to(self.accelerator.device)
+        states = self.rounds.states
         taken, order = taken.to(states.device), torch.arange(len(places), device=states.device)
         runs, step = taken // steps, taken % steps
-        now, after, end = states[runs, step, order], states[runs, step + 1, order], states[runs, -1, order]
+        now, after, end = states[order, runs, step], states[order, runs, step + 1], states[order, runs, -1]
         with torch.no_grad():
             advantage = self.rounds.critic(end) - self.rounds.value(now, step)
         return policy_loss(advantage, log_density(*self.law(now, step), after))

@@ -5,6 +5,8 @@ The script is `diffusers_ext/training/train_<key>.py`, or the module of the row'
 
 `COMMON` of a trainer: `inputs`, `(folder) -> arguments` of a run of a few seconds, a mapping of names to values without
 `output_dir`, `max_train_steps` and `seed` (left out where twelve captioned avatars and the zoo's `avatars-sd` will do).
+
+A method of another form that has a trainer too asks for the same rules in its own tests, with `hold_to_the_rules`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +24,11 @@ import numpy as np
 from diffusers import SchedulerMixin
 
 import diffusers_ext as dx
+from diffusers_ext.registry import get_method
+from tests.test_trainers import VERSES, masked_lm
 
 from .models import World
-from .suite import Case, Suite, refused, require
+from .suite import Case, CommonCase, Suite, refused, require
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
@@ -66,6 +72,37 @@ def flags(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         result += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return result
+
+
+def masked_texts(folder: Path, **more: Any) -> dict[str, Any]:
+    """Arguments of a training on two short texts from a tiny masked language model, both written to `folder`."""
+    masked_lm(folder / "start")
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in VERSES))
+    base = {"pretrained_model_name_or_path": folder / "start", "train_data_dir": texts}
+    return {**base, "max_seq_length": 8, "train_batch_size": 2, **more}
+
+
+def hold_to_the_rules(key: str, inputs: Callable[[Path], Mapping[str, Any]], root: Path) -> Path:
+    """Hold the trainer `train_<key>` of a method of another form to all rules.
+
+    Args:
+        key: of the method.
+        inputs: as in `COMMON`.
+        root: a folder that is new; all that the rules write lies in it.
+
+    Returns:
+        The folder of a finished run of two steps.
+
+    Raises:
+        Broken: a rule does not hold.
+    """
+    case, world = Case(get_method(key), None, (), CommonCase(inputs=inputs), key), World(root)
+    for rule in SUITE.rules.values():
+        if rule.name != "entry":  # the row's form has an entry of its own kind
+            SUITE.run(case, rule, world)
+    (straight,) = root.glob("*/straight")
+    return straight
 
 
 def run(case: Case, values: dict[str, Any], output: Path, steps: int, **more: Any) -> dict[str, str]:

@@ -22,14 +22,12 @@ from transformers import (
 
 import diffusers_ext as dx
 from diffusers_ext.pipelines import planned_denoising
-from diffusers_ext.registry import get_method
 from diffusers_ext.schedulers import ddpd
 from diffusers_ext.training.train_ddpd import planner_loss
 from tests import unets
 from tests.common import models, trainer
-from tests.common.suite import Case, CommonCase
+from tests.common.suite import CommonCase
 from tests.languages import FormulaModel, chain, exact_model, probability_of_such, quiet
-from tests.test_trainers import VERSES, masked_lm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ddpd.json"
 exact, loads = pytest.mark.proof("exact"), pytest.mark.proof("loads")
@@ -428,37 +426,14 @@ def test_equals_the_authors_sampler(run, monkeypatch):
 # --- loads -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddpd")
-    masked_lm(folder / "start")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in VERSES))
-    return folder
-
-
 @loads
-@pytest.mark.parametrize("rule", ["interface", "wrong_arguments", "exact_resume"])
-def test_the_rules_of_trainers_hold(rule, start, tmp_path):
-    values = {
-        "pretrained_model_name_or_path": start / "start", "train_data_dir": start / "texts.jsonl", "max_seq_length": 8,
-        "train_batch_size": 2,
-    }  # fmt: skip
-    folders = iter(range(9))
-
-    def folder() -> Path:
-        path = tmp_path / str(next(folders))
-        path.mkdir()
-        return path
-
-    case = Case(get_method("ddpd"), planner_loss, (planner_loss,), CommonCase(inputs=lambda _: values), "ddpd")
-    trainer.SUITE.run(case, trainer.SUITE.rules[rule], SimpleNamespace(folder=folder))  # type: ignore[arg-type]
-    if rule != "exact_resume":
-        return
-    out = tmp_path / "0" / "straight"
+def test_the_rules_of_trainers_hold_and_the_planner_loads(tmp_path):
+    values = trainer.masked_texts(tmp_path)
+    out = trainer.hold_to_the_rules("ddpd", lambda _: values, tmp_path / "runs")
     assert "PlannedDenoisingPipeline" in (out / "README.md").read_text()
     pipe = quiet(
         dx.PlannedDenoisingPipeline(
-            AutoModelForTokenClassification.from_pretrained(out), AutoModelForMaskedLM.from_pretrained(start / "start"),
+            AutoModelForTokenClassification.from_pretrained(out), AutoModelForMaskedLM.from_pretrained(tmp_path / "start"),
             dx.DDPDScheduler(selection="proportional"), AutoTokenizer.from_pretrained(out),
         )
     )  # fmt: skip

@@ -14,9 +14,10 @@ from diffusers import BlockRefinementScheduler, DiffusionPipeline, LLaDA2Pipelin
 
 import diffusers_ext as dx
 from diffusers_ext.schedulers._spindle import survival, unmask_chance
+from diffusers_ext.training import train_diffusion_bert
 from diffusers_ext.training.train_diffusion_bert import parse_args, spindle_bound, spindle_diffusion_loss
 from diffusers_ext.training.train_masked_diffusion_lm import masked_diffusion_loss
-from tests.common import models
+from tests.common import models, trainer
 from tests.common.suite import CommonCase
 from tests.languages import FormulaModel, chain, exact_model, pipeline, probability_of_such, sample, stock_sample
 
@@ -26,17 +27,8 @@ exact = pytest.mark.proof("exact")
 
 
 def start(folder):
-    """A tiny masked language model, and two texts."""
-    from tests.test_trainers import VERSES, masked_lm
-
-    masked_lm(folder / "start")
-    (folder / "texts").mkdir(exist_ok=True)
-    for i, text in enumerate(VERSES):
-        (folder / "texts" / f"{i}.txt").write_text(text)
-    return {
-        "pretrained_model_name_or_path": folder / "start", "train_data_dir": folder / "texts", "max_seq_length": 16,
-        "train_batch_size": 4, "num_diffusion_steps": 64, "num_validation_texts": 1,
-    }  # fmt: skip
+    options = {"max_seq_length": 16, "train_batch_size": 4, "num_diffusion_steps": 64, "num_validation_texts": 1}
+    return trainer.masked_texts(folder, **options)
 
 
 COMMON = CommonCase(inputs=start)
@@ -299,10 +291,8 @@ def test_saved_and_loaded_in_both_pipelines(tmp_path):
 
 @pytest.mark.proof("loads")
 def test_what_the_trainer_writes_is_a_pipeline(tmp_path):
-    from diffusers_ext.training import train_diffusion_bert
-
     values = {**start(tmp_path), "output_dir": tmp_path / "out", "max_train_steps": 2, "lam": 0.25}
-    train_diffusion_bert.main([word for key, value in values.items() for word in (f"--{key}", str(value))])
+    train_diffusion_bert.main(trainer.flags(values))
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe) is dx.MaskedDiffusionPipeline and pipe.scheduler.config.lam == 0.25

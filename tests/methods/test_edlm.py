@@ -15,7 +15,8 @@ from diffusers import BlockRefinementScheduler, DiffusionPipeline, LLaDA2Pipelin
 import diffusers_ext as dx
 from diffusers_ext.models.nce_energy import nce_energy_loss
 from diffusers_ext.oracles import unmasking_law
-from tests.common import models
+from diffusers_ext.training import train_edlm
+from tests.common import models, trainer
 from tests.common.suite import CommonCase
 from tests.languages import FormulaModel, chain, exact_model, pipeline, probability_of_such, sample, stock_sample
 
@@ -417,34 +418,13 @@ def test_saved_and_loaded_with_its_energy(tmp_path):
 
 
 @pytest.mark.proof("loads")
-def test_the_trainer_resumes_exactly_and_lowers_the_loss(tmp_path):
-    from diffusers_ext.training import train_edlm
-    from tests.test_trainers import VERSES, masked_lm
-
-    masked_lm(tmp_path / "start")
-    (tmp_path / "texts").mkdir()
-    for i, text in enumerate(VERSES):
-        (tmp_path / "texts" / f"{i}.txt").write_text(text)
-    base = {
-        "pretrained_model_name_or_path": tmp_path / "start", "train_data_dir": tmp_path / "texts", "max_seq_length": 16,
-        "train_batch_size": 4, "checkpointing_steps": 2, "learning_rate": 1e-2, "seed": 3,
-    }  # fmt: skip
-
-    def run(name, steps, **options):
-        given = {**base, "output_dir": tmp_path / name, "max_train_steps": steps, **options}
-        train_edlm.main([word for key, value in given.items() for word in (f"--{key}", str(value))])
-        return (tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes()
-
-    straight = run("straight", 4)
-    run("resumed", 2)
-    assert run("resumed", 4, resume_from_checkpoint="latest") == straight
-    energy = dx.NCEEnergy.from_pretrained(tmp_path / "straight")
-    assert (
-        energy.head[2].weight.abs().max() > 0
-        and "EnergyReweightedScheduler" in (tmp_path / "straight" / "README.md").read_text()
-    )
+def test_the_rules_of_trainers_hold_and_the_energy_loads(tmp_path):
+    values = trainer.masked_texts(tmp_path, max_seq_length=16, train_batch_size=4, learning_rate=1e-2)
+    out = trainer.hold_to_the_rules("edlm", lambda _: values, tmp_path / "runs")
+    assert dx.NCEEnergy.from_pretrained(out).head[2].weight.abs().max() > 0
+    assert "EnergyReweightedScheduler" in (out / "README.md").read_text()
     with pytest.raises(ValueError, match=r"`--min_mask_ratio` is 0\.0"):
-        run("refused", 1, min_mask_ratio=0.0)
+        train_edlm.main(trainer.flags({**values, "output_dir": tmp_path / "refused", "min_mask_ratio": 0.0}))
 
 
 # --- card ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from diffusers_ext.cards import method_card, snippet
 from diffusers_ext.quantization.grids import FLOAT_MANTISSAS, FloatGrid, UniformGrid
 from diffusers_ext.quantization.layers import CalibratedLayer, LayerForm
 from diffusers_ext.quantization.observers import _KEPT, InputObserver, search, shrinks, weight_place
@@ -169,15 +168,13 @@ def test_formats_come_back(tmp_path):
 
 @pytest.mark.proof("card")
 def test_card():
-    card, code = method_card("fp_quant_diffusion"), snippet("fp_quant_diffusion")
-    assert "2408.06995" in card and "simulated" in card
-    quick = code.replace("num_inference_steps=20", "num_inference_steps=2").replace(
-        "rounding_iterations=1000", "rounding_iterations=1, search_from=0.8, exclude=['down_blocks', 'up_blocks']"
+    ptq.run_card(
+        "fp_quant_diffusion",
+        "2408.06995",
+        rounding_iterations=1,
+        search_from=0.95,
+        exclude=["down_blocks", "up_blocks"],
     )
-    assert quick != code
-    scope: dict = {}
-    exec(compile(quick, "card", "exec"), scope)
-    assert scope["image"].size == (32, 32)
 
 
 @pytest.mark.proof("exact")

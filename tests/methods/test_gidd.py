@@ -19,16 +19,14 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import diffusers_ext as dx
 from diffusers_ext.oracles import unmasking_law
 from diffusers_ext.pipelines import self_correction
-from diffusers_ext.registry import get_method
 from diffusers_ext.schedulers._token_noise import HybridNoise, tokens_but_mask
 from diffusers_ext.schedulers.gidd import reverse_step
 from diffusers_ext.training.train_gidd import gidd_loss, gidd_weights, parse_args
 from tests.common import models, trainer
-from tests.common.suite import Case, CommonCase
+from tests.common.suite import CommonCase
 from tests.language_models import masked_tokens, tiny
 from tests.languages import FormulaModel, chain, exact_model, pipeline, probability_of_such, quiet, sample, stock_sample
 from tests.methods.test_radd import run_alone
-from tests.test_trainers import VERSES, masked_lm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gidd.json"
 exact, loads = pytest.mark.proof("exact"), pytest.mark.proof("loads")
@@ -568,39 +566,14 @@ def test_the_public_checkpoints_network_is_told_the_time():
     assert found.num_calls == [4, 4] and torch.equal(found.sequences[:, :4], masked_tokens(2)[:, :4])
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gidd")
-    masked_lm(folder / "start")
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in VERSES))
-    return folder
-
-
 @loads
-@pytest.mark.parametrize("rule", ["interface", "wrong_arguments", "exact_resume"])
-def test_the_rules_of_trainers_hold(rule, start, tmp_path):
-    values = {
-        "pretrained_model_name_or_path": start / "start", "train_data_dir": start / "texts.jsonl", "max_seq_length": 8,
-        "train_batch_size": 2, "num_validation_texts": 1,
-    }  # fmt: skip
-    folders = iter(range(9))
-
-    def folder() -> Path:
-        path = tmp_path / str(next(folders))
-        path.mkdir()
-        return path
-
-    case = Case(get_method("gidd"), gidd_loss, (gidd_loss,), CommonCase(inputs=lambda _: values), "gidd")
-    trainer.SUITE.run(case, trainer.SUITE.rules[rule], SimpleNamespace(folder=folder))  # type: ignore[arg-type]
-    if rule == "exact_resume":
-        out = tmp_path / "0" / "straight"
-        assert (out / "samples" / "step-000002.txt").is_file() and "GIDDScheduler(p_uniform=0.1" in (
-            out / "README.md"
-        ).read_text()
-        assert (
-            AutoTokenizer.from_pretrained(out).mask_token_id
-            == AutoModelForMaskedLM.from_pretrained(out).config.pad_token_id + 2
-        )
+def test_the_rules_of_trainers_hold(tmp_path):
+    values = trainer.masked_texts(tmp_path, num_validation_texts=1)
+    out = trainer.hold_to_the_rules("gidd", lambda _: values, tmp_path / "runs")
+    assert (out / "samples" / "step-000002.txt").is_file()
+    assert "GIDDScheduler(p_uniform=0.1" in (out / "README.md").read_text()
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForMaskedLM.from_pretrained(out)
+    assert tokenizer.mask_token_id == model.config.pad_token_id + 2
 
 
 @exact

@@ -15,12 +15,14 @@ import diffusers_ext as dx
 from diffusers_ext.oracles import unmasking_law
 from diffusers_ext.schedulers import _unmasking
 from diffusers_ext.schedulers._hyperschedule import active_places, hyperschedule_levels, mask_rates
+from diffusers_ext.training import train_hdlm
 from diffusers_ext.training.train_hdlm import epsilon_hybrid_loss
 from diffusers_ext.training.train_masked_diffusion_lm import masked_diffusion_loss
-from tests.common import models
+from tests.common import models, trainer
 from tests.common.suite import CommonCase
 from tests.languages import FormulaModel, chain, exact_model, pipeline, probability_of_such, sample, stock_sample
 from tests.methods.test_radd import LENGTH, ROWS, VOCABULARY, golden_logits, golden_uniform, run_alone
+from tests.test_trainers import draw_text
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hdlm.json"
 COMMON = CommonCase(
@@ -350,36 +352,23 @@ def test_saved_and_loaded_in_both_pipelines(tmp_path):
 
 
 @pytest.mark.proof("loads")
-def test_the_trainer_resumes_exactly_and_its_model_loads(tmp_path):
-    from diffusers_ext.training import train_hdlm
-    from tests.test_trainers import VERSES, draw_text, masked_lm
-
-    masked_lm(tmp_path / "start")
-    (tmp_path / "texts").mkdir()
-    for i, text in enumerate(VERSES):
-        (tmp_path / "texts" / f"{i}.txt").write_text(text)
-    base = {
-        "pretrained_model_name_or_path": tmp_path / "start", "train_data_dir": tmp_path / "texts", "max_seq_length": 16,
-        "train_batch_size": 4, "checkpointing_steps": 1, "learning_rate": 1e-2, "seed": 3, "num_validation_texts": 1,
-    }  # fmt: skip
-
-    def run(name, steps, **options):
-        given = {**base, "output_dir": tmp_path / name, "max_train_steps": steps, **options}
-        train_hdlm.main([word for key, value in given.items() for word in (f"--{key}", str(value))])
-        return (tmp_path / name / "model.safetensors").read_bytes()
-
-    straight = run("straight", 2)
-    run("resumed", 1)
-    assert run("resumed", 2, resume_from_checkpoint="latest") == straight
-    draw_text(tmp_path / "straight")
-    assert run("sliding", 2, hyperschedule="sliding", width=4, num_levels=5) != straight
+def test_the_rules_of_trainers_hold_and_the_model_loads(tmp_path):
+    values = trainer.masked_texts(
+        tmp_path, max_seq_length=16, train_batch_size=4, learning_rate=1e-2, num_validation_texts=1
+    )
+    out = trainer.hold_to_the_rules("hdlm", lambda _: values, tmp_path / "runs")
+    draw_text(out)
+    values |= {"output_dir": tmp_path / "sliding", "max_train_steps": 2, "seed": 3}
+    train_hdlm.main(trainer.flags({**values, "hyperschedule": "sliding", "width": 4, "num_levels": 5}))
+    plain, sliding = ((folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "sliding"))
+    assert plain != sliding
     for options, message in (
         ({"epsilon": 1.0}, r"`--epsilon` is 1\.0"),
         ({"width": 0}, "`--width` is 0"),
         ({"visible_weight": -1}, r"`--visible_weight` is -1\.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            run("refused", 1, **options)
+            train_hdlm.main(trainer.flags({**values, **options}))
 
 
 # --- card ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file
 
 import diffusers_ext as dx
-from diffusers_ext.registry import get_method
 from diffusers_ext.training._data import SampleNoise
 from diffusers_ext.training._high_frequency import EncoderFeatures, edges, high_pass, spatial_loss
 from diffusers_ext.training._lora import NAME, TrainableLora
@@ -27,7 +25,7 @@ from diffusers_ext.training.train_hipa import (
 )
 from tests.common import trainer
 from tests.common.models import STOCKS
-from tests.common.suite import Case, CommonCase
+from tests.common.suite import CommonCase
 from tests.test_training import launch
 
 exact, loads = pytest.mark.proof("exact"), pytest.mark.proof("loads")
@@ -338,23 +336,9 @@ def test_what_takes_no_lora_is_refused():
 # --- the trainer -----------------------------------------------------------------------------------------------------
 
 
-def case() -> Case:
-    row = get_method("hipa")
-    loss = high_frequency_promoting_loss
-    return Case(row, loss, (loss,), CommonCase(inputs=inputs), row.key)
-
-
 @loads
-@pytest.mark.parametrize("rule", ["interface", "wrong_arguments", "exact_resume"])
-def test_the_rules_of_trainers_hold(rule, tmp_path):
-    folders = iter(range(9))
-
-    def folder() -> Path:
-        path = tmp_path / str(next(folders))
-        path.mkdir()
-        return path
-
-    trainer.SUITE.run(case(), trainer.SUITE.rules[rule], SimpleNamespace(folder=folder))  # type: ignore[arg-type]
+def test_the_rules_of_trainers_hold(tmp_path):
+    trainer.hold_to_the_rules("hipa", inputs, tmp_path / "runs")
 
 
 @exact

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -29,7 +28,7 @@ from diffusers_ext.training.train_prodiff import (
 )
 from tests.card_snippets import run_card
 from tests.common.suite import CommonCase
-from tests.methods.test_agd import stable_diffusion
+from tests.methods.test_guided_distillation import inputs
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "prodiff.json"
@@ -42,13 +41,7 @@ reference = pytest.mark.proof("reference")
 
 def few(folder: Path) -> dict[str, Any]:
     """Arguments of a short run on a tiny pipeline."""
-    stable_diffusion(folder / "tiny")
-    with np.load(ROOT / "benchmarks" / "data" / "avatars.npz") as avatars:
-        np.savez(folder / "few.npz", image=avatars["image"][:12], text=avatars["caption"][:12])
-    return {
-        "pretrained_model_name_or_path": folder / "tiny", "train_data_dir": folder / "few.npz", "train_batch_size": 2,
-        "stage": "distill", "student_steps": 2,
-    }  # fmt: skip
+    return {**inputs(folder), "stage": "distill", "student_steps": 2}
 
 
 COMMON = CommonCase(inputs=few)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ext.cards import method_card, snippet
 from diffusers_ext.quantization import PTQConfig
 from diffusers_ext.quantization.attention import AttentionInputs
 from diffusers_ext.quantization.grids import UniformGrid, spread
@@ -296,13 +295,11 @@ def test_split_and_attention_come_back(tmp_path):
 
 @pytest.mark.proof("card")
 def test_card():
-    card, code = method_card("q_diffusion"), snippet("q_diffusion")
-    assert "2302.04304" in card and "simulated" in card
-    quick = code.replace("num_inference_steps=20", "num_inference_steps=2")
-    quick = quick.replace(
-        "rounding_iterations=1000", "rounding_iterations=1, scale_iterations=1, exclude=['down_blocks', 'up_blocks']"
+    ptq.run_card(
+        "q_diffusion",
+        "2302.04304",
+        rounding_iterations=1,
+        scale_iterations=1,
+        search_from=0.95,
+        exclude=["down_blocks", "up_blocks"],
     )
-    assert quick != code
-    scope: dict = {}
-    exec(compile(quick, "card", "exec"), scope)
-    assert scope["image"].size == (32, 32)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
 
-from diffusers_ext.cards import method_card, snippet
 from diffusers_ext.quantization import PTQConfig
 from diffusers_ext.quantization.finetuning import _Stage, sensitive_layers
 from diffusers_ext.quantization.grids import FloatGrid, UniformGrid, spread
@@ -208,6 +208,58 @@ def test_each_stage_trains_its_own_and_lowers_the_error():
     assert all(torch.equal(kept[name], value) for name, value in floats.items()), "the float layers are never changed"
     assert all(layer.clock is session.group_clock for layer in session.layers.values())
     assert not any(value.requires_grad for value in state_of(session).values())
+    for name, layer in session.packed().items():
+        trained = session.layers[name]
+        assert torch.allclose(layer.weight, trained.weight, atol=1e-6), "what is kept is what was trained"
+        assert layer.bias is trained.bias or torch.equal(layer.bias, trained.bias)
+
+
+@exact
+def test_the_stages_run_in_their_order_with_what_is_theirs(monkeypatch):
+    """First projections, all epochs of a timestep at once. Then sensitive layers, with the scales of all but the layers of time,
+    all timesteps in each epoch."""
+    session = placed(finetune_rate=2e-3, finetune_scale_rate=5e-2, time_epochs=3, layer_epochs=2)
+    found = {holder: name for name, holder in {**session.layers, **session.attentions}.items()}
+    visits, about = [], []
+
+    def visit(stage, time, batches, optimizer, weights, bar):
+        visits.append((time, len(batches)))
+        (group,) = optimizer.param_groups
+        what = [found[layer] for layer in stage.layers], {found[holder] for holder, _ in stage.holders}
+        if what not in about:
+            about.append(what)
+        assert (group["lr"], stage.scale_rate) == pytest.approx((2e-3, 5e-3 if stage.first else 5e-2))
+
+    monkeypatch.setattr(_Stage, "_visit", visit)
+    session.finetune()
+    others = {*session.layers, "attention"} - set(session.time_layers)
+    assert about == [(PROJECTIONS, set(PROJECTIONS)), (SENSITIVE, others)]
+    assert visits == [(time, 3 * 2) for time in TIMES] + 2 * [(time, 1) for time in TIMES]
+
+
+@exact
+@pytest.mark.parametrize(("name", "share"), [("time_embedding", 0.1), ("sensitive_layers", 1.0)])
+def test_the_first_step_of_adam_is_as_long_as_the_rates_say(name, share):
+    """Weights move by `finetune_rate`, the logarithms of scales by `finetune_scale_rate`, a tenth of it in the first stage.
+
+    The scales of other timesteps stay.
+    """
+    session = placed(finetune_rate=2e-3, finetune_scale_rate=5e-2)
+    names = PROJECTIONS if name == "time_embedding" else SENSITIVE
+    layers = [session.layers[each] for each in names]
+    stage = _Stage(session, name, layers, layers)
+    before = [layer.input_place for layer in layers]
+    weights = stage._freed()
+    starts = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.Adam(weights, lr=stage.rate)
+    stage._visit(600.0, stage._batches(600.0)[:1], optimizer, weights, tqdm(disable=True))
+    moved = torch.cat(
+        [(weight.detach() - start).abs().flatten() for weight, start in zip(weights, starts, strict=True)]
+    )
+    assert float(moved.max()) == pytest.approx(2e-3, rel=1e-2) and float(moved.median()) > 1e-3
+    logs = torch.cat([(a.input_place[0] / b[0]).log().abs() for a, b in zip(layers, before, strict=True)])
+    assert float(logs[:, 1].max()) == pytest.approx(5e-2 * share, rel=0.1)
+    assert not logs[:, [0, 2]].any(), "those of other steps"
 
 
 @exact
@@ -325,14 +377,13 @@ def test_scales_of_steps_and_channels_come_back(tmp_path):
 
 @pytest.mark.proof("card")
 def test_card():
-    card, code = method_card("quest"), snippet("quest")
-    assert "2402.03666" in card and "simulated" in card
-    for name in ("What it does", "When to use it", "When not to use it", "How to call it"):
-        assert f"## {name}" in card
-    quick = code.replace("num_inference_steps=20", "num_inference_steps=2")
-    quick = quick.replace("rounding_iterations=1000", "rounding='nearest', search_from=0.95")
-    quick = quick.replace("time_epochs=20, layer_epochs=20", "time_epochs=1, layer_epochs=1, calibration_steps=1")
-    assert quick != code
-    scope: dict = {}
-    exec(compile(quick, "card", "exec"), scope)
-    assert scope["image"].size == (32, 32)
+    ptq.run_card(
+        "quest",
+        "2402.03666",
+        rounding="nearest",
+        search_from=0.95,
+        time_epochs=1,
+        layer_epochs=1,
+        calibration_steps=1,
+        exclude=["down_blocks", "up_blocks"],
+    )

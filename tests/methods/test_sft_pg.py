@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,22 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from diffusers_ext.training._data import SampleNoise, collate, generator_for, load_dataset
 from diffusers_ext.training._policy import log_density, transition
-from diffusers_ext.training.train_sft_pg import _DRAWN, _ORDER, Critic, SFTTask, Value, main, parse_args, policy_loss
+from diffusers_ext.training.train_sft_pg import (
+    _DRAWN,
+    _ORDER,
+    Critic,
+    SFTTask,
+    Value,
+    _Rounds,
+    main,
+    parse_args,
+    policy_loss,
+)
 from tests.card_snippets import run_card
 from tests.common.suite import CommonCase
 from tests.methods.test_mmd_ddm import grey_pictures
 from tests.test_trainers import unconditional
+from tests.test_training import launch
 
 exact = pytest.mark.proof("exact")
 GOLDEN = Path(__file__).parents[1] / "golden" / "sft_pg.json"
@@ -299,6 +311,34 @@ def test_a_run_resumed_within_a_round_is_bit_equal(tmp_path):
     picture = one(1, [generator_for(0, 0)], eta=1.0, num_inference_steps=3, output_type="np").images
     assert picture.shape == (1, 16, 16, 1) and np.isfinite(picture).all()
     assert "DDIMPipeline" in (tmp_path / "straight" / "README.md").read_text()
+
+
+@exact
+def test_checkpoints_hold_the_runs_of_all_processes_and_each_takes_its_own():
+    parts = torch.randn(2, 2, 2, 4, 1, 8, 8).unbind()  # 2 places each
+    for number, mine in enumerate(parts):
+        rounds = _Rounds(Critic(1, 8, 4), Value(64, 3, 16), (1e-4, 1e-4))
+        rounds.accelerator = SimpleNamespace(
+            num_processes=2, process_index=number, device=mine.device,
+            gather=lambda value, parts=parts, mine=mine: torch.cat(parts) if value is mine else value,
+        )  # fmt: skip
+        rounds.states = mine
+        state = rounds.state_dict()
+        rounds.states = torch.zeros(0)
+        rounds.load_state_dict(state)
+        assert torch.equal(rounds.states, mine)
+
+
+@pytest.mark.proof("loads")
+@pytest.mark.slow
+def test_two_processes_resumed_within_a_round_are_bit_equal(tmp_path):
+    trainer, more = "diffusers_ext.training.train_sft_pg", {"train_batch_size": 2, "learning_rate": 1e-3}
+    more |= {"max_train_steps": 3, "checkpointing_steps": 2}
+    launch(trainer, *flags(tmp_path, "straight", **more), processes=2)
+    shutil.copytree(tmp_path / "straight" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    launch(trainer, *flags(tmp_path, "resumed", **more, resume_from_checkpoint="latest"), processes=2)
+    one, other = (DDIMPipeline.from_pretrained(tmp_path / name).unet for name in ("straight", "resumed"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 # --- card ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from diffusers_ext.cards import method_card, pipeline_card, snippet
+from diffusers_ext.cards import pipeline_card
 from diffusers_ext.quantization import PTQConfig
 from diffusers_ext.quantization.layers import QuantizedLayer
 from diffusers_ext.quantization.rounding import (
@@ -26,7 +28,7 @@ from diffusers_ext.quantization.rounding import (
 from diffusers_ext.quantization.session import Session, put
 from diffusers_ext.quantization.summary import summary
 from diffusers_ext.quantization.temporal import FeatureTable, SkippedLayer, TemporalBlock, timestep_only, used_outside
-from diffusers_ext.quantization.timing import Clock, attach_clocks
+from diffusers_ext.quantization.timing import Clock, attach_clocks, detach_clocks
 from tests import ptq
 from tests.common.suite import CommonCase
 from tests.small_denoiser import calls, small
@@ -56,6 +58,10 @@ def finished(session):
         put(session.model, name, layer)
     attach_clocks(session.model, session.clocks)
     return session.model
+
+
+def nothing(*_):
+    """A hook of somebody else."""
 
 
 @torch.no_grad()
@@ -208,6 +214,32 @@ def test_clock():
     strict.read(torch.tensor(0.5))
     with pytest.raises(ValueError, match=r"`timestep` is \[0.25\]; the model's temporal features are cached"):
         strict.read(0.25)
+    elsewhere = torch.device("meta")
+    assert clock._times_on(elsewhere) is clock._times_on(elsewhere), "copied to a device once"
+
+
+@exact
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_has_clocks_of_its_own(copied):
+    """It reads its own timesteps, and what is detached from it stays with the other; hooks of others stay as well."""
+    model = small()
+    theirs = model.register_forward_pre_hook(nothing)
+    attach_clocks(model, [Clock(TIMES)])
+    twin = copied(model)
+    clock, other = (next(h for h in m._forward_pre_hooks.values() if isinstance(h, Clock)) for m in (model, twin))
+    with torch.no_grad():
+        calls()[2].run(twin)
+        assert (clock.index.item(), other.index.item()) == (0, 2)
+        detach_clocks(twin)
+        calls()[1].run(twin)
+        calls()[1].run(model)
+    assert (clock.index.item(), other.index.item()) == (1, 2)
+    detach_clocks(model)
+    detach_clocks(model)  # nothing is left to do
+    for each in (model, twin):
+        assert list(each._forward_pre_hooks.values()) == [nothing] and not each._forward_pre_hooks_with_kwargs
+    theirs.remove()
+    assert not model._forward_pre_hooks and vars(model).keys() == vars(small()).keys()
 
 
 # --- exact: tables ---------------------------------------------------------------------------------------------------
@@ -412,13 +444,4 @@ def test_tables_come_back(temporal, tmp_path):
 
 @pytest.mark.proof("card")
 def test_card():
-    card, code = method_card("tfmq_dm"), snippet("tfmq_dm")
-    assert "2407.19547" in card and "simulated" in card
-    for name in ("What it does", "When to use it", "When not to use it", "How to call it"):
-        assert f"## {name}" in card
-    quick = code.replace("num_inference_steps=20", "num_inference_steps=2")
-    quick = quick.replace("rounding_iterations=1000", "rounding='nearest', search_from=0.95")
-    assert quick != code
-    scope: dict = {}
-    exec(compile(quick, "card", "exec"), scope)
-    assert scope["image"].size == (32, 32)
+    ptq.run_card("tfmq_dm", "2407.19547", rounding="nearest", search_from=0.95, exclude=["down_blocks", "up_blocks"])
