@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CALLS = re.compile(r"(\d+) calls")
+_FEWER = re.compile(r"\d+ steps")  # rows of a plain run with fewer steps
+_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8)  # of an axis of costs, times powers of ten
 _MACS, _PSNR = "GMACs a picture", "PSNR to the full run (dB)"
 _COLUMNS = 2
 _IN_A_CARD = 4  # panels
@@ -106,12 +108,14 @@ def _quality_by_macs(found: Records) -> dict[str, dict[str, Any]]:
             heading = name.rpartition(": ")[0]
             settings = result["settings"].get(heading, result["settings"]) if heading else result["settings"]
             macs, psnr = content["columns"].index(_MACS), content["columns"].index(_PSNR)
+            panel = panels.setdefault(f"{settings['model']}, {settings['steps']} steps", {})
+            # Two studies of a method on one model, of settings that make no curve together, are two lines.
+            own = name_of(row) if name_of(row) not in panel else f"{name_of(row)}, {heading.replace('_', ' ')}"
             series: dict[str, list[tuple[float, float]]] = {}
             for line in content["rows"]:
-                if _is_positive(line[psnr]):
-                    ours = line[0].startswith(name_of(row))
-                    series.setdefault(name_of(row) if ours else "fewer steps", []).append((line[macs], line[psnr]))
-            panel = panels.setdefault(f"{settings['model']}, {settings['steps']} steps", {})
+                ours = line[0].startswith(name_of(row))
+                if _is_positive(line[psnr]) and (ours or _FEWER.fullmatch(line[0])):
+                    series.setdefault(own if ours else "fewer steps", []).append((line[macs], line[psnr]))
             for label, points in series.items():
                 theirs = list(zip(*panel[label][1:], strict=True)) if label in panel else []
                 points = sorted({*points, *theirs})
@@ -173,8 +177,12 @@ def _draw_panel(axes: Axes, heading: str, series: Mapping[str, Any], colors: Map
     axes.set_title(heading, fontsize=9)
     axes.set_xlabel("calls of the denoiser" if by_calls else _MACS)
     axes.set_ylabel("mean error" if by_calls else _PSNR)
+    costs = sorted({x for _, cost, _ in series.values() for x in cost})
     if by_calls:
-        axes.set_xticks(sorted({x for _, cost, _ in series.values() for x in cost}))
+        axes.set_xticks(costs)
+    elif costs:
+        ticks = [digit * 10.0**power for power in range(-3, 6) for digit in _TICKS]
+        axes.set_xticks([tick for tick in ticks if costs[0] / 1.1 <= tick <= costs[-1] * 1.1])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)

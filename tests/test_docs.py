@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from benchmarks import comparison, docs_pages
-from diffusers_ext import plots, registry
+from diffusers_ext import cards, plots, registry
 
 from .fresh import ROOT, run_fresh
 
@@ -65,6 +65,37 @@ def test_lines_of_ours_and_of_peers_are_told_apart(recorded, tmp_path):
     assert name == "samplers-calls"
     assert panels == {"ground": {"EVODiff: Ours": ("evodiff", (5, 8), (0.5, 0.2)), "DDIM": (None, (5,), (0.4,))}}
     plots.draw(name, title, panels).savefig(tmp_path / "figure.png")
+
+
+def test_fewer_steps_are_plain_runs_and_studies_of_one_model_are_lines_of_their_own(tmp_path):
+    row = registry.get_method("delta_dit")
+    name = cards.name_of(row)
+    columns = ["run", "GMACs a picture", "PSNR to the full run (dB)"]
+    paper = [
+        ["20 steps", 6.0, "inf"],
+        [f"{name}, paper", 4.0, 30.0],
+        ["13 steps", 4.0, 33.0],
+        ["others, 20 steps", 4.0, 20.0],
+    ]
+    continued = [["20 steps", 6.0, "inf"], [f"{name}, all blocks", 3.0, 40.0], ["10 steps", 3.0, 31.0]]
+    record = {
+        "settings": {study: {"model": "a-model", "steps": 20} for study in ("flow", "flow_continued")},
+        "tables": {
+            "flow: quality": {"columns": columns, "rows": paper},
+            "flow_continued: quality": {"columns": columns, "rows": continued},
+        },
+    }
+    ((kind, title, panels),) = plots.drawings([(row, record)])
+    assert kind == "macs" and panels == {
+        "a-model, 20 steps": {
+            name: ("delta_dit", (4.0,), (30.0,)),
+            "fewer steps": (None, (3.0, 4.0), (31.0, 33.0)),
+            f"{name}, flow continued": ("delta_dit", (3.0,), (40.0,)),
+        }
+    }
+    figure = plots.draw(kind, title, panels)
+    figure.savefig(tmp_path / "figure.png")
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["3", "4"], "an axis of costs has numbers"
 
 
 def test_the_readme_keeps_what_is_around_its_table():
