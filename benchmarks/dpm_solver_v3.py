@@ -89,6 +89,21 @@ def variants(statistics: Callable[[DiffusionPipeline], dx.DPMSolverV3Statistics]
     }
 
 
+def variant_of_order(order: int) -> Variant:
+    """Without a corrector, on the problems without guidance."""
+
+    def prepare(pipe: DiffusionPipeline) -> DiffusionPipeline:
+        pipe.scheduler = dx.DPMSolverV3Scheduler.from_config(
+            pipe.scheduler.config,
+            statistics=of_the_problem(False)(pipe),
+            solver_order=order,
+            use_corrector=False,
+        )
+        return pipe
+
+    return Variant(f"order {order}, no corrector", prepare=prepare)
+
+
 def of_the_problem(guided: bool) -> Callable[[DiffusionPipeline], dx.DPMSolverV3Statistics]:
     """Of the problem whose denoiser a pipeline has."""
 

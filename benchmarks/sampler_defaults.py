@@ -2,18 +2,22 @@
 
     python -m benchmarks.sampler_defaults              # measures; writes data/sampler_defaults.json, a page and a drawing
     python -m benchmarks.sampler_defaults --model fashion-dit      # measures one again, and keeps what the record has of others
+    python -m benchmarks.sampler_defaults --errors     # without Fréchet distances, of which it keeps what the record has
+    python -m benchmarks.sampler_defaults --step       # the time of a step itself, on an idle machine, and nothing else
     python -m benchmarks.sampler_defaults --render     # writes the page and the drawing from the record alone
 
 One default a method, fixed before: what is searched or trained for a number of calls (DC-Solver, AutoDiffusion), and what
 leaves the path of the equation (Gaussian teleport), has its own benchmark. A sampler is below the best of diffusers' at a
 number of calls where the whole 95 % interval of the mean difference, by a bootstrap over pictures of the same seeds, is below
-zero by more than rounding. The best is chosen for each model and number of calls by the same pictures, which favours it. Fréchet distances to real
-pictures are of the best three of ours, by errors at 5 and 8 calls, and of the best of diffusers'.
+zero by more than rounding. The best is chosen for each model and number of calls by the same pictures, which favours it. The
+best of ours is compared with the best of diffusers' as well: there both are chosen, for each half of the pictures, by the other
+half. Fréchet distances to real pictures are of the best three of ours, by errors at 5 and 8 calls, and of the best of diffusers'.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from tqdm.auto import tqdm
 
 import diffusers_ext as dx
@@ -32,8 +37,10 @@ from benchmarks._quality import RMSE_TOLERANCE, Variant
 from benchmarks._record import machine, versions
 from benchmarks._sampler_peers import Sampler, is_flow, peers_of, variant_of
 from benchmarks._samplers import error_against_calls
+from benchmarks._step_overhead import StepOverhead
 from benchmarks._zoo import ZooModel
 from benchmarks.data import load_fashion_mnist
+from benchmarks.samplers import Tables
 from benchmarks.zoo import _fashion
 from diffusers_ext.cards import table
 from diffusers_ext.metrics import bootstrap_interval, distance_difference, frechet_distance
@@ -49,6 +56,18 @@ OURS: dict[str, Variant] = {
     "EVODiffScheduler": Variant("EVODiff", scheduler=dx.EVODiffScheduler),
     "GHVBScheduler": Variant("GHVB", scheduler=dx.GHVBScheduler),
 }
+# Order -> what is compared in the time of a step with diffusers' DPM-Solver++ of that order: no correctors, as that has none.
+STEPPED: dict[int, dict[str, Variant]] = {
+    2: {
+        "USF, Taylor 2": Variant("USF", scheduler=dx.UnifiedSolverScheduler, scheduler_options={"solver_schedule": "taylor2"}),
+        "GHVB 1.8": Variant("GHVB", scheduler=dx.GHVBScheduler),
+        "DPM-Solver-v3, order 2": dpm_solver_v3.variant_of_order(2),
+    },
+    3: {
+        "USF, Taylor 3": Variant("USF", scheduler=dx.UnifiedSolverScheduler, scheduler_options={"solver_schedule": "taylor3"}),
+        "DPM-Solver-v3, order 3": dpm_solver_v3.variant_of_order(3),
+    },
+}  # fmt: skip
 FLOW = {"FlowMatchPseudoCorrectorScheduler": Variant("FlowTurbo", scheduler=dx.FlowMatchPseudoCorrectorScheduler)}
 
 
@@ -68,8 +87,37 @@ class _Pictures(PictureGround):
     steps: dict[tuple[int, int], int]
 
 
-def measure_model(name: str, scale: float | None) -> dict[str, Any]:
-    """Errors of all samplers by calls, differences to the best of diffusers', and Fréchet distances of the best."""
+def best_against_best(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Error of the best of ours less that of the best of theirs, each chosen for half of the pictures by the other half.
+
+    Args:
+        ours, theirs: label -> error of each picture, `(n,)`.
+
+    Returns:
+        The differences, `(n,)`, and for pictures of even and of odd number which two were compared.
+    """
+    count = len(next(iter(ours.values())))
+    differences, chosen = np.empty(count), []
+    for half in (0, 1):
+        there, here = np.arange(1 - half, count, 2), np.arange(half, count, 2)
+        pair = [min(group, key=lambda label: float(group[label][there].mean())) for group in (ours, theirs)]
+        differences[here] = ours[pair[0]][here] - theirs[pair[1]][here]
+        chosen.append(pair)
+    return differences, chosen
+
+
+def measure_model(
+    name: str, scale: float | None, distances: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Errors of all samplers by calls, differences to the best of diffusers', and Fréchet distances of the best.
+
+    Args:
+        name: checkpoint of the zoo.
+        scale: of guidance.
+        distances: those that were measured before; None measures them.
+    """
     zoo = ZooModel(name)
     ground = _Pictures(zoo, scale, PICTURES, reference_steps=REFERENCE_STEPS, cache=CACHE)
     flow = is_flow(zoo.pipe.scheduler)
@@ -97,6 +145,16 @@ def measure_model(name: str, scale: float | None) -> dict[str, Any]:
                 row |= {"over": best[calls], "difference": float(difference.mean()),
                         "difference_interval": list(bootstrap_interval(difference, np.mean))}  # fmt: skip
             rows.append(row)
+    bests = []
+    for calls in CALLS:
+        difference, pairs = best_against_best(*({label: errors[label][calls] for label in of} for of in (ours, peers)))
+        bests.append({
+            "calls": calls, "compared": pairs, "difference": float(difference.mean()),
+            "difference_interval": list(bootstrap_interval(difference, np.mean)),
+        })  # fmt: skip
+    found = {"guidance_scale": scale, "errors": rows, "best": bests}
+    if distances is not None:
+        return {**found, "distances": list(distances)}
 
     def few(label: str) -> float:
         """Geometric mean of the mean errors at few calls."""
@@ -106,8 +164,23 @@ def measure_model(name: str, scale: float | None) -> dict[str, Any]:
     many = _Pictures(zoo, scale, DRAWN, reference_steps=REFERENCE_STEPS, cache=CACHE)
     many.steps = steps
     everyone = {**ours, **peers}
-    distances = _distances(name, {label: everyone[label] for label in chosen}, many)
-    return {"guidance_scale": scale, "errors": rows, "distances": distances}
+    return {**found, "distances": _distances(name, {label: everyone[label] for label in chosen}, many)}
+
+
+def measure_step() -> list[dict[str, Any]]:
+    """Time of a step itself over that of DPM-Solver++ of the same order, of a state of 65,536 numbers."""
+    rows = []
+    for order, variants in STEPPED.items():
+        tables, name = Tables(), f"DPM-Solver++, order {order}"
+        upstream = Variant(name, scheduler=DPMSolverMultistepScheduler, scheduler_options={"solver_order": order})
+        titled = {label: dataclasses.replace(variant, title=label) for label, variant in variants.items()}
+        StepOverhead(titled, peer=upstream).measure(tables, None)  # type: ignore[arg-type]
+        for sampler, microseconds, ratio, low, high, again_low, again_high in tables.tables["step: time"]["rows"]:
+            rows.append({
+                "sampler": sampler, "microseconds": microseconds, "over": name, "ratio": ratio, "interval": [low, high],
+                "again": [again_low, again_high],
+            })  # fmt: skip
+    return rows
 
 
 def _distances(name: str, samplers: Mapping[str, Sampler], ground: _Pictures) -> list[dict[str, Any]]:
@@ -161,8 +234,13 @@ def page(record: Mapping[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".",
         *_missing(record),
         _verdicts(record),
+        "The best of ours less the best of diffusers', both chosen for each half of the pictures by the other half, with its "
+        "interval, and which were compared:",
+        _bests(record),
         f"![Error against calls of the denoiser]({DRAWING.name})",
     ]  # fmt: skip
+    if "step" in record:
+        parts += ["## Time of a step", _step(record["step"])]
     for name, model in record["models"].items():
         scale = model["guidance_scale"]
         parts += [f"## {name}" + ("" if scale is None else f", guidance {scale:g}"), _errors(model), _frechet(model)]
@@ -203,6 +281,36 @@ def _verdicts(record: Mapping[str, Any]) -> str:
     return table(head, lines)
 
 
+def _step(step: Mapping[str, Any]) -> str:
+    lines = [
+        [
+            row["sampler"], f"{row['microseconds']:.0f}", row["over"],
+            f"{row['ratio']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})",
+            f"{row['again'][0]:.2f} to {row['again'][1]:.2f}",
+        ]
+        for row in step["rows"]
+    ]  # fmt: skip
+    text = (
+        f"Of `step` itself, without a model, on a state of 65,536 numbers; {step['machine']['threads']} threads. The last column "
+        "is diffusers' own scheduler timed against itself in the same rounds."
+    )
+    head = ["sampler", "a step (microseconds)", "compared with", "time over its", "that over itself"]
+    return f"{text}\n\n{table(head, lines)}"
+
+
+def _bests(record: Mapping[str, Any]) -> str:
+    lines = []
+    for name, model in record["models"].items():
+        cells = []
+        for row in model["best"]:
+            low, high = row["difference_interval"]
+            pairs = " or ".join(dict.fromkeys(f"{a.removesuffix('Scheduler')} on {b}" for a, b in row["compared"]))
+            text = f"{row['difference']:+.4f}, {low:+.4f} to {high:+.4f} ({pairs})"
+            cells.append(f"**{text}**" if high <= -RMSE_TOLERANCE else text)
+        lines.append([name, *cells])
+    return table(["model", *(f"{calls} calls" for calls in CALLS)], lines)
+
+
 def _errors(model: Mapping[str, Any]) -> str:
     lines: dict[str, list[str]] = {}
     for row in model["errors"]:
@@ -240,6 +348,16 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     _plot.save(error_against_calls("Samplers with their defaults by calls of the denoiser", panels, bold=ours), file)
 
 
+def _kept(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Models that the record has by the same machine, versions and settings."""
+    old = _old()
+    return old["models"] if {**old, "models": None, "step": None} == {**about, "models": None, "step": None} else {}
+
+
+def _old() -> dict[str, Any]:
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run as a program.
 
@@ -248,21 +366,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="benchmarks.sampler_defaults", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", action="append", choices=MODELS, help="What to measure; all models unless given.")
+    parser.add_argument("--errors", action="store_true", help="Keep the recorded Fréchet distances.")
+    parser.add_argument("--step", action="store_true", help="Measure the time of a step alone.")
     parser.add_argument("--render", action="store_true", help="Measure nothing.")
     parser.add_argument("--threads", type=int, default=2, help="Of torch.")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    if not args.render:
+    if args.step:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+        record["step"] = {"machine": machine(), "versions": versions(), "rows": measure_step()}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    elif not args.render:
         about = {
             "machine": machine(), "versions": versions(), "pictures": PICTURES, "reference_steps": REFERENCE_STEPS,
             "distance_pictures": DRAWN,
         }  # fmt: skip
         for name in args.model or MODELS:
-            found = measure_model(name, MODELS[name])
-            old = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
-            kept = old["models"] if {**old, "models": None} == {**about, "models": None} else {}
+            kept = _kept(about)
+            if args.errors and name not in kept:
+                parser.error(
+                    f"`--errors` needs recorded Fréchet distances of {name!r}; there are none by these versions."
+                )
+            found = measure_model(name, MODELS[name], kept[name]["distances"] if args.errors else None)
+            kept = _kept(about)  # another model may have been measured meanwhile
             models = {other: {**kept, name: found}[other] for other in MODELS if other in {**kept, name: found}}
-            RECORD.write_text(json.dumps({**about, "models": models}, indent=1) + "\n", encoding="utf-8")
+            step = {"step": _old()["step"]} if "step" in _old() else {}
+            RECORD.write_text(json.dumps({**about, "models": models, **step}, indent=1) + "\n", encoding="utf-8")
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     (ROOT / PAGE).write_text(page(record), encoding="utf-8")
     draw(record, ROOT / DRAWING)

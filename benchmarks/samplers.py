@@ -37,7 +37,7 @@ PARTS = ("oracles", "pictures", "step")
 _Study = TypeVar("_Study")
 
 
-class _Tables:
+class Tables:
     """Takes tables as a `Recorder` does, of many studies; claims are not kept."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ def _common(studies: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def oracles(tables: _Tables) -> None:
+def oracles(tables: Tables) -> None:
     """Every problem with all the samplers that are measured on it."""
     studies, panels, most = declared(OracleStudy), {}, 0
     for problem, about in PROBLEMS.items():
@@ -101,7 +101,7 @@ def oracles(tables: _Tables) -> None:
     _draw("oracles", panels, most)
 
 
-def pictures(tables: _Tables, models: Sequence[str]) -> None:
+def pictures(tables: Tables, models: Sequence[str]) -> None:
     """Every model and guidance with all the samplers that are measured on it."""
     studies = [(key, study) for key, study in declared(TrajectoryStudy) if not models or study.model in models]
     for name in dict.fromkeys(study.name for _, study in studies):
@@ -116,7 +116,7 @@ def pictures(tables: _Tables, models: Sequence[str]) -> None:
         _draw(name, {study._title(name): study._drawn[name]}, len(samplers))
 
 
-def step(tables: _Tables) -> None:
+def step(tables: Tables) -> None:
     """Time of `step` itself of all schedulers that are measured on exact scores of diffusion."""
     samplers = together([(key, study) for key, study in declared(OracleStudy) if "mixture" in study.grounds])
     StepOverhead(samplers).measure(tables, None)  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="Of torch.")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    tables, console = _Tables(), Console()
+    tables, console = Tables(), Console()
     for part in args.part or PARTS:
         if part == "pictures":
             pictures(tables, args.model)

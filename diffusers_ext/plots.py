@@ -111,9 +111,10 @@ def _quality_by_macs(found: Records) -> dict[str, dict[str, Any]]:
             panel = panels.setdefault(f"{settings['model']}, {settings['steps']} steps", {})
             # Two studies of a method on one model, of settings that make no curve together, are two lines.
             own = name_of(row) if name_of(row) not in panel else f"{name_of(row)}, {heading.replace('_', ' ')}"
+            compared = {line[0] for line in result["tables"][name.replace("quality", "at equal cost")]["rows"]}
             series: dict[str, list[tuple[float, float]]] = {}
             for line in content["rows"]:
-                ours = line[0].startswith(name_of(row))
+                ours = line[0] in compared
                 if _is_positive(line[psnr]) and (ours or _FEWER.fullmatch(line[0])):
                     series.setdefault(own if ours else "fewer steps", []).append((line[macs], line[psnr]))
             for label, points in series.items():
@@ -182,7 +183,9 @@ def _draw_panel(axes: Axes, heading: str, series: Mapping[str, Any], colors: Map
         axes.set_xticks(costs)
     elif costs:
         ticks = [digit * 10.0**power for power in range(-3, 6) for digit in _TICKS]
-        axes.set_xticks([tick for tick in ticks if costs[0] / 1.1 <= tick <= costs[-1] * 1.1])
+        low, high = costs[0] / 1.1, costs[-1] * 1.1
+        axes.set_xlim(low, high)
+        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)

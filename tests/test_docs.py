@@ -82,6 +82,8 @@ def test_fewer_steps_are_plain_runs_and_studies_of_one_model_are_lines_of_their_
         "settings": {study: {"model": "a-model", "steps": 20} for study in ("flow", "flow_continued")},
         "tables": {
             "flow: quality": {"columns": columns, "rows": paper},
+            "flow: at equal cost": {"columns": ["run"], "rows": [[f"{name}, paper"]]},
+            "flow_continued: at equal cost": {"columns": ["run"], "rows": [[f"{name}, all blocks"]]},
             "flow_continued: quality": {"columns": columns, "rows": continued},
         },
     }

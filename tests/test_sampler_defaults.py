@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+
 from benchmarks import sampler_defaults
 
 
@@ -24,10 +26,19 @@ def _record() -> dict:
     about = {
         "machine": {"cpu": "a processor", "threads": 1}, "versions": {"torch": "2"}, "pictures": 4, "reference_steps": 9
     }  # fmt: skip
+
+    def best(low: float, high: float) -> list[dict]:
+        interval = {"difference": (low + high) / 2, "difference_interval": [low, high]}
+        pairs = [["NewScheduler", "unipc"], ["NewScheduler", "ddim"]]
+        return [{"calls": calls, "compared": pairs, **interval} for calls in sampler_defaults.CALLS]
+
+    better, level = (-0.5, -0.125), (-0.25, 0.25)
     models = {
-        "better": {"guidance_scale": 3.0, "errors": _errors(0.25, -0.5, -0.125), "distances": [own, peer]},
-        "level": {"guidance_scale": None, "errors": _errors(0.5, -0.25, 0.25), "distances": []},
-    }
+        "better": {
+            "guidance_scale": 3.0, "errors": _errors(0.25, *better), "best": best(*better), "distances": [own, peer],
+        },
+        "level": {"guidance_scale": None, "errors": _errors(0.5, *level), "best": best(*level), "distances": []},
+    }  # fmt: skip
     return {**about, "models": models}
 
 
@@ -42,15 +53,32 @@ def test_the_page_in_the_docs_is_that_of_the_record():
     assert (sampler_defaults.ROOT / sampler_defaults.DRAWING).is_file()
 
 
+def test_the_best_of_each_half_is_chosen_by_the_other():
+    ours = {"a": np.array([0.0, 9.0, 0.0, 9.0]), "b": np.array([5.0, 2.0, 6.0, 2.0])}
+    theirs = {"c": np.array([1.0, 1.0, 1.0, 1.0]), "d": np.array([3.0, 3.0, 3.0, 3.0])}
+    differences, chosen = sampler_defaults.best_against_best(ours, theirs)
+    assert chosen == [["b", "c"], ["a", "c"]]
+    assert differences.tolist() == [4.0, 8.0, 5.0, 8.0], "the choice is not by what it is judged by"
+
+
 def test_equal_up_to_rounding_is_not_below():
     record = _record()
     record["models"]["better"]["errors"] = _errors(0.5, -2e-6, -1e-6)
     assert not any(sampler_defaults.below(record, "NewScheduler", 5).values())
 
 
+def test_the_time_of_a_step_is_shown():
+    row = {"sampler": "USF, Taylor 2", "microseconds": 90.0, "over": "DPM-Solver++, order 2", "ratio": 0.5}
+    rows = [{**row, "interval": [0.4, 0.6], "again": [0.9, 1.1]}]
+    page = sampler_defaults.page({**_record(), "step": {"machine": {"threads": 1}, "versions": {}, "rows": rows}})
+    assert "| USF, Taylor 2 | 90 | DPM-Solver++, order 2 | 0.50 (0.40 to 0.60) | 0.90 to 1.10 |" in page
+
+
 def test_the_page_and_the_drawing(tmp_path):
     page = sampler_defaults.page(_record())
     assert "| `NewScheduler` | 1 of 2 | 1 of 2 | 1 of 2 | 1 of 2 | better |" in page
+    assert "| better | **-0.3125, -0.5000 to -0.1250 (New on unipc or New on ddim)** |" in page
+    assert "| level | +0.0000, -0.2500 to +0.2500 (New on unipc or New on ddim) |" in page
     assert "## better, guidance 3" in page and "## level\n" in page
     assert "0.2500 (-0.3125, -0.5000 to -0.1250, on unipc)" in page and "-1 to +0.25" in page
     sampler_defaults.draw(_record(), tmp_path / "figure.png")
