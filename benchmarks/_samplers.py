@@ -432,13 +432,14 @@ class TrajectoryStudy(_Study):
         )
 
 
-def error_against_calls(title: str, panels: Mapping[str, _plot.Panel], bold: int = 0) -> Figure:
+def error_against_calls(title: str, panels: Mapping[str, _plot.Panel], bold: int | Mapping[str, int] = 0) -> Figure:
     """Panels side by side, error against calls of the denoiser, both axes logarithmic.
 
     Args:
         title: of the whole figure.
         panels: their titles, and what is in them.
-        bold: how many of the first series of each panel to draw as solid lines; the others are dashed.
+        bold: how many of the first series of each panel to draw as solid lines, also by the panel's title; the others are
+            dashed.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -448,9 +449,10 @@ def error_against_calls(title: str, panels: Mapping[str, _plot.Panel], bold: int
     figure.suptitle(textwrap.fill(title, 60 * len(panels)))
     colors, markers = colormaps["tab20"].colors, "osD^vPX*<>"  # type: ignore[attr-defined]
     for axes, (name, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        solid = bold if isinstance(bold, int) else bold[name]
         for i, (label, points) in enumerate(panel.series.items()):
             costs, values = [point.cost for point in points], [point.value for point in points]
-            style = "-" if i < bold else "--"
+            style = "-" if i < solid else "--"
             color, marker = colors[(2 * i + i // 10) % 20], markers[i % len(markers)]
             axes.plot(costs, values, style, color=color, marker=marker, markersize=4, linewidth=1.3, label=label)
             ends = [point.interval for point in points]

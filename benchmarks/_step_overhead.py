@@ -31,7 +31,8 @@ class StepOverhead:
         variants: label -> sampler with a scheduler.
         peer: what they are compared with.
         rows: of the state; each has 16 numbers.
-        steps: of a run; only `step` is timed, on a scheduler that is ready.
+        steps: of a run; only `step` is timed, on a scheduler that has made a run of as many steps before, as from the second
+            picture on: what a scheduler keeps from one run to the next, it has.
         rounds: that count.
         minutes: that it takes on two idle cores.
         name: begins the names of claims and tables.
@@ -92,19 +93,21 @@ class StepOverhead:
     def _run(self, variant: Variant) -> Callable[[], None]:
         """A function that makes all steps of a run, each time on another scheduler that is ready."""
         ground = OracleGround(PROBLEMS["mixture"], 1)
-        with variant.on(ground.pipe) as pipe:
-            pipe.scheduler.set_timesteps(self.steps)
-            ready = [copy.deepcopy(pipe.scheduler) for _ in range(2 * (self.rounds + 2))]
         x = torch.randn(self.rows, *ground.pipe.unet.shape, generator=torch.Generator().manual_seed(0))
         output = 0.1 * x
 
         @torch.no_grad()
-        def run() -> None:
-            scheduler, state = ready.pop(), x
+        def walk(scheduler: Any) -> None:
+            state = x
             for t in scheduler.timesteps:
                 state = scheduler.step(output, t, state, return_dict=False)[0]
 
-        return run
+        with variant.on(ground.pipe) as pipe:
+            pipe.scheduler.set_timesteps(self.steps)
+            walk(pipe.scheduler)
+            pipe.scheduler.set_timesteps(self.steps)
+            ready = [copy.deepcopy(pipe.scheduler) for _ in range(2 * (self.rounds + 2))]
+        return lambda: walk(ready.pop())
 
     def draw(self, title: str, stem: Path) -> list[Path]:
         return []

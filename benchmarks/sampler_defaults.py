@@ -3,6 +3,7 @@
     python -m benchmarks.sampler_defaults              # measures; writes data/sampler_defaults.json, a page and a drawing
     python -m benchmarks.sampler_defaults --model fashion-dit      # measures one again, and keeps what the record has of others
     python -m benchmarks.sampler_defaults --errors     # without Fréchet distances, of which it keeps what the record has
+    python -m benchmarks.sampler_defaults --unguided   # the guided models again without guidance, errors alone
     python -m benchmarks.sampler_defaults --step       # the time of a step itself, on an idle machine, and nothing else
     python -m benchmarks.sampler_defaults --render     # writes the page and the drawing from the record alone
 
@@ -49,6 +50,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = Path(__file__).parent / "data" / "sampler_defaults.json", Path("docs") / "sampler_defaults.md"
 DRAWING = PAGE.with_suffix(".png")
 MODELS: dict[str, float | None] = {"avatars-sd": 3.0, "avatars-flow": 3.0, "fashion-ddpm": None, "fashion-dit": 4.0}
+_OTHERS = ("unguided", "step")  # parts of the record that are measured by themselves
+UNGUIDED = 1.0  # guidance scale of the three that have guidance
 CALLS, FEW, PICTURES, REFERENCE_STEPS = (5, 8, 12, 20), (5, 8), 64, 200
 DRAWN, REAL = 256, 2000  # pictures of Fréchet distances
 OURS: dict[str, Variant] = {
@@ -116,7 +119,7 @@ def measure_model(
     Args:
         name: checkpoint of the zoo.
         scale: of guidance.
-        distances: those that were measured before; None measures them.
+        distances: those that were measured before, or an empty list for none; None measures them.
     """
     zoo = ZooModel(name)
     ground = _Pictures(zoo, scale, PICTURES, reference_steps=REFERENCE_STEPS, cache=CACHE)
@@ -236,7 +239,7 @@ def page(record: Mapping[str, Any]) -> str:
         _verdicts(record),
         "The best of ours less the best of diffusers', both chosen for each half of the pictures by the other half, with its "
         "interval, and which were compared:",
-        _bests(record),
+        _bests(record["models"]),
         f"![Error against calls of the denoiser]({DRAWING.name})",
     ]  # fmt: skip
     if "step" in record:
@@ -244,6 +247,10 @@ def page(record: Mapping[str, Any]) -> str:
     for name, model in record["models"].items():
         scale = model["guidance_scale"]
         parts += [f"## {name}" + ("" if scale is None else f", guidance {scale:g}"), _errors(model), _frechet(model)]
+    if "unguided" in record:
+        parts += ["## Without guidance", _bests(record["unguided"])]
+        for name, model in record["unguided"].items():
+            parts += [f"### {name}, without guidance", _errors(model)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -291,16 +298,17 @@ def _step(step: Mapping[str, Any]) -> str:
         for row in step["rows"]
     ]  # fmt: skip
     text = (
-        f"Of `step` itself, without a model, on a state of 65,536 numbers; {step['machine']['threads']} threads. The last column "
-        "is diffusers' own scheduler timed against itself in the same rounds."
+        f"Of `step` itself, without a model, on a state of 65,536 numbers; {step['machine']['threads']} threads. Each scheduler has "
+        "made a run of as many steps before; DPM-Solver-v3 computes its coefficients in the first, which takes longer. The last "
+        "column is diffusers' own scheduler timed against itself in the same rounds."
     )
     head = ["sampler", "a step (microseconds)", "compared with", "time over its", "that over itself"]
     return f"{text}\n\n{table(head, lines)}"
 
 
-def _bests(record: Mapping[str, Any]) -> str:
+def _bests(models: Mapping[str, Any]) -> str:
     lines = []
-    for name, model in record["models"].items():
+    for name, model in models.items():
         cells = []
         for row in model["best"]:
             low, high = row["difference_interval"]
@@ -337,13 +345,13 @@ def _frechet(model: Mapping[str, Any]) -> str:
 
 
 def draw(record: Mapping[str, Any], file: Path) -> None:
-    panels, ours = {}, 0
+    panels, ours = {}, {}
     for name, model in record["models"].items():
         series: dict[str, list[_plot.Point]] = {}
         for row in model["errors"]:
             label = row["sampler"].removesuffix("Scheduler")
             series.setdefault(label, []).append(_plot.Point(row["made"], row["median"], tuple(row["interval"])))
-        ours = max(ours, len({row["sampler"] for row in model["errors"] if row["ours"]}))
+        ours[name] = len({row["sampler"] for row in model["errors"] if row["ours"]})
         panels[name] = _plot.Panel("median error", series)
     _plot.save(error_against_calls("Samplers with their defaults by calls of the denoiser", panels, bold=ours), file)
 
@@ -351,7 +359,8 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
 def _kept(about: Mapping[str, Any]) -> dict[str, Any]:
     """Models that the record has by the same machine, versions and settings."""
     old = _old()
-    return old["models"] if {**old, "models": None, "step": None} == {**about, "models": None, "step": None} else {}
+    same = {part: value for part, value in old.items() if part not in ("models", *_OTHERS)} == about
+    return old["models"] if same else {}
 
 
 def _old() -> dict[str, Any]:
@@ -367,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.sampler_defaults", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", action="append", choices=MODELS, help="What to measure; all models unless given.")
     parser.add_argument("--errors", action="store_true", help="Keep the recorded Fréchet distances.")
+    parser.add_argument("--unguided", action="store_true", help="Errors without guidance, of models that have it.")
     parser.add_argument("--step", action="store_true", help="Measure the time of a step alone.")
     parser.add_argument("--render", action="store_true", help="Measure nothing.")
     parser.add_argument("--threads", type=int, default=2, help="Of torch.")
@@ -376,6 +386,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
         record["step"] = {"machine": machine(), "versions": versions(), "rows": measure_step()}
         RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    elif args.unguided:
+        for name in args.model or [name for name, scale in MODELS.items() if scale is not None]:
+            found = measure_model(name, UNGUIDED, [])
+            record = _old()
+            record["unguided"] = {**record.get("unguided", {}), name: {"versions": versions(), **found}}
+            RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     elif not args.render:
         about = {
             "machine": machine(), "versions": versions(), "pictures": PICTURES, "reference_steps": REFERENCE_STEPS,
@@ -390,8 +406,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = measure_model(name, MODELS[name], kept[name]["distances"] if args.errors else None)
             kept = _kept(about)  # another model may have been measured meanwhile
             models = {other: {**kept, name: found}[other] for other in MODELS if other in {**kept, name: found}}
-            step = {"step": _old()["step"]} if "step" in _old() else {}
-            RECORD.write_text(json.dumps({**about, "models": models, **step}, indent=1) + "\n", encoding="utf-8")
+            others = {part: value for part, value in _old().items() if part in _OTHERS}
+            RECORD.write_text(json.dumps({**about, "models": models, **others}, indent=1) + "\n", encoding="utf-8")
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     (ROOT / PAGE).write_text(page(record), encoding="utf-8")
     draw(record, ROOT / DRAWING)

@@ -74,6 +74,15 @@ def test_the_time_of_a_step_is_shown():
     assert "| USF, Taylor 2 | 90 | DPM-Solver++, order 2 | 0.50 (0.40 to 0.60) | 0.90 to 1.10 |" in page
 
 
+def test_what_was_measured_without_guidance_has_a_part_of_its_own():
+    record = _record()
+    unguided = {"better": {**record["models"]["better"], "guidance_scale": 1.0}}
+    page = sampler_defaults.page({**record, "unguided": unguided})
+    first, _, second = page.partition("## Without guidance")
+    assert "### better, without guidance" in second and "| better | **-0.3125" in second
+    assert "| `NewScheduler` | 1 of 2 |" in first, "these are not counted there"
+
+
 def test_the_page_and_the_drawing(tmp_path):
     page = sampler_defaults.page(_record())
     assert "| `NewScheduler` | 1 of 2 | 1 of 2 | 1 of 2 | 1 of 2 | better |" in page
