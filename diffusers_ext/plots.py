@@ -103,7 +103,8 @@ def _quality_by_macs(found: Records) -> dict[str, dict[str, Any]]:
     panels: dict[str, dict[str, Any]] = {}
     for row, result in found:
         for name, content in result["tables"].items():
-            if not {_MACS, _PSNR} <= set(content["columns"]):
+            against = result["tables"].get(name.replace("quality", "at equal cost"))  # names ours
+            if against is None or not {_MACS, _PSNR} <= set(content["columns"]):
                 continue
             heading = name.rpartition(": ")[0]
             settings = result["settings"].get(heading, result["settings"]) if heading else result["settings"]
@@ -111,7 +112,7 @@ def _quality_by_macs(found: Records) -> dict[str, dict[str, Any]]:
             panel = panels.setdefault(f"{settings['model']}, {settings['steps']} steps", {})
             # Two studies of a method on one model, of settings that make no curve together, are two lines.
             own = name_of(row) if name_of(row) not in panel else f"{name_of(row)}, {heading.replace('_', ' ')}"
-            compared = {line[0] for line in result["tables"][name.replace("quality", "at equal cost")]["rows"]}
+            compared = {line[0] for line in against["rows"]}
             series: dict[str, list[tuple[float, float]]] = {}
             for line in content["rows"]:
                 ours = line[0] in compared

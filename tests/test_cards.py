@@ -104,7 +104,8 @@ def test_a_method_card_shows_what_its_record_has_numbers_for(recorded, tmp_path)
     columns = ["run", "GMACs a picture", "PSNR to the full run (dB)"]
     rows = [["full", 4.0, "inf"], ["DeepCache, N = 2", 2.5, 30.0], ["10 steps", 2.0, 20.0]]
     parts = ("method_version", "source_hash", "machine", "versions", "settings", "seeds", "claims")
-    tables = {"quality": {"columns": columns, "rows": rows}}
+    against = {"columns": ["run", "against"], "rows": [["DeepCache, N = 2", "10 steps"]]}
+    tables = {"quality": {"columns": columns, "rows": rows}, "at equal cost": against}
     proofs.write_result("deepcache", tables=tables, **{part: result[part] for part in parts})
     folder = cards.save_method_card("deepcache", tmp_path / "card")
     card = (folder / "README.md").read_text()
