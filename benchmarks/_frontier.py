@@ -37,7 +37,7 @@ from benchmarks._bench import OUTPUT, Selection
 from benchmarks._quality import RMSE_TOLERANCE, Variant, called_by
 from benchmarks._record import Recorder, Samples
 from benchmarks._zoo import ZooModel, weights
-from diffusers_ext import proofs
+from diffusers_ext._sources import canonical_dump
 from diffusers_ext.metrics import bootstrap_interval, rmse
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _source_of_peers() -> str:
     """Hash of what runs of peers follow from here. Not of all that is imported, which names the whole package."""
     digest = hashlib.sha256()
     for module in (_cache_peers, _zoo):
-        digest.update(proofs.canonical_dump(ast.parse(inspect.getsource(module))).encode())
+        digest.update(canonical_dump(ast.parse(inspect.getsource(module))).encode())
     return digest.hexdigest()
 
 

@@ -19,8 +19,9 @@ import random
 import shutil
 import sys
 import tempfile
+import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,3 +202,17 @@ def tiny(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()  # fmt: skip
     return pipe
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Writes files, given as path -> code, to a folder that Python imports from."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(files: dict[str, str]) -> None:
+        for name, code in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(textwrap.dedent(code), encoding="utf-8")
+
+    return write
