@@ -23,6 +23,7 @@ import diffusers_ext as dx
 from diffusers_ext.oracles import convergence_order, sampler_error
 from diffusers_ext.training.train_velocity_refiner import main, observed, refiner_loss
 from tests.common import models
+from tests.common.learned import check_recipe_names_the_part
 from tests.common.suite import CommonCase
 from tests.test_trainers import flux as untrained_flux
 
@@ -423,41 +424,10 @@ def test_a_resumed_training_is_bit_equal_and_changes_the_refiner(trained):
 
 @pytest.mark.proof("loads")
 def test_a_pipeline_is_shared_with_the_name_of_its_refiner_and_not_with_a_local_folder(trained, tmp_path):
-    from tests.fresh import run_fresh
-    from tests.hub_server import HubServer
-
-    code = f"""
-        import pathlib, torch
-        import diffusers_ext as dx
-        from diffusers import FluxPipeline
-        root, folder = pathlib.Path({str(trained)!r}), pathlib.Path({str(tmp_path)!r})
-        def draw(pipe):
-            pipe.set_progress_bar_config(disable=True)
-            return pipe("a", height=16, width=16, max_sequence_length=8, num_inference_steps=4, output_type="np",
-                        generator=torch.Generator().manual_seed(0)).images
-        refiner = dx.VelocityRefiner.from_pretrained(root / "straight")
-        refiner.push_to_hub("me/refiner")
-        pipe = FluxPipeline.from_pretrained(root / "flux")
-        plain = draw(pipe)
-        dx.enable(pipe, dx.FlowTurboConfig("me/refiner", n_refiner=2))
-        picture = draw(pipe)
-        assert (picture != plain).any()
-        dx.save_pretrained(pipe, folder / "repo")
-        again = dx.Pipeline.from_pretrained(folder / "repo")
-        assert [entry.config for entry in dx.status(again)] == [dx.FlowTurboConfig("me/refiner", 2)]
-        assert (draw(again) == picture).all()
-        assert (draw(dx.disable(again)) == plain).all()
-        dx.enable(pipe, dx.FlowTurboConfig(str(root / "straight"), n_refiner=2))
-        assert (draw(pipe) == picture).all()
-        try:
-            dx.save_pretrained(pipe, folder / "local")
-        except ValueError as error:
-            assert "a path of this machine" in str(error)
-        else:
-            raise AssertionError("a recipe with a local folder was saved")
-    """
-    with HubServer() as hub:
-        run_fresh(code, env=hub.env)
+    check_recipe_names_the_part(
+        tmp_path, trained / "flux", '"a", height=16, width=16, max_sequence_length=8, num_inference_steps=4',
+        "VelocityRefiner", trained / "straight", "dx.FlowTurboConfig({}, n_refiner=2)",
+    )  # fmt: skip
 
 
 @pytest.mark.proof("loads")
