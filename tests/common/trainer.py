@@ -83,13 +83,16 @@ def masked_texts(folder: Path, **more: Any) -> dict[str, Any]:
     return {**base, "max_seq_length": 8, "train_batch_size": 2, **more}
 
 
-def hold_to_the_rules(key: str, inputs: Callable[[Path], Mapping[str, Any]], root: Path) -> Path:
-    """Hold the trainer `train_<key>` of a method of another form to all rules.
+def hold_to_the_rules(
+    key: str, inputs: Callable[[Path], Mapping[str, Any]], root: Path, loss: Callable[..., Any] | None = None
+) -> Path:
+    """Hold the trainer of a method of another form to all rules.
 
     Args:
         key: of the method.
         inputs: as in `COMMON`.
         root: a folder that is new; all that the rules write lies in it.
+        loss: a function of the script, where that is not `train_<key>`.
 
     Returns:
         The folder of a finished run of two steps.
@@ -97,7 +100,7 @@ def hold_to_the_rules(key: str, inputs: Callable[[Path], Mapping[str, Any]], roo
     Raises:
         Broken: a rule does not hold.
     """
-    case, world = Case(get_method(key), None, (), CommonCase(inputs=inputs), key), World(root)
+    case, world = Case(get_method(key), loss, (loss,), CommonCase(inputs=inputs), key), World(root)
     for rule in SUITE.rules.values():
         if rule.name != "entry":  # the row's form has an entry of its own kind
             SUITE.run(case, rule, world)

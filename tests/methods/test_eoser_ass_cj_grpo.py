@@ -11,9 +11,8 @@ import torch
 
 import diffusers_ext as dx
 from diffusers_ext.training.train_cj_grpo import CJGRPOTask, cj_grpo_loss, main, parse_args
-from tests.common import trainer as trainer_rules
-from tests.common.models import World
-from tests.common.suite import Case, CommonCase
+from tests.common import trainer
+from tests.common.suite import CommonCase
 from tests.languages import FormulaModel, pipeline, quiet
 from tests.methods import test_mdpo
 from tests.methods.test_adablock import MASK, PROMPTS, golden_logits
@@ -197,12 +196,9 @@ def test_bad_arguments_of_the_trainer(tmp_path):
 
 
 @exact
-@pytest.mark.slow
 def test_the_trainer_keeps_the_rules_of_trainers(tmp_path):
     """Those of `tests/common`, which asks a scheduler's row for other ones."""
-    common = CommonCase(inputs=inputs)
-    case = Case(dx.get_method("eoser_ass_cj_grpo"), cj_grpo_loss, (cj_grpo_loss,), common, "cj_grpo")
-    assert trainer_rules.SUITE.broken(case, World(tmp_path, [])) == {}
+    trainer.hold_to_the_rules("eoser_ass_cj_grpo", inputs, tmp_path / "runs", cj_grpo_loss)
 
 
 # --- reference -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from diffusers_ext.training import train_mean_reverting
 from diffusers_ext.training._data import SampleNoise
 from diffusers_ext.training._degradation import check_degradation, degrade
 from tests import unets
+from tests.common import trainer
 from tests.common.suite import Case, CommonCase
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mr_sampler.json"
@@ -407,42 +408,33 @@ def test_degradations():
     assert check_degradation("mask", None) == 0.5
 
 
-def trainer_case():
-    def inputs(folder):
-        pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
-        np.savez(folder / "pictures.npz", image=pictures)
-        dx.MeanRevertingPipeline(network(), dx.MRSamplerScheduler()).save_pretrained(folder / "start")
-        return {
-            "pretrained_model_name_or_path": folder / "start", "train_data_dir": folder / "pictures.npz", "resolution": 8,
-            "train_batch_size": 2, "validation_inference_steps": 2, "degradation": "mask",
-        }  # fmt: skip
-
-    loss = train_mean_reverting.mean_reverting_loss
-    return Case(dx.get_method("mr_sampler"), loss, (loss,), CommonCase(inputs=inputs), "mr_sampler.trainer")
+def trainer_inputs(folder):
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    np.savez(folder / "pictures.npz", image=pictures)
+    dx.MeanRevertingPipeline(network(), dx.MRSamplerScheduler()).save_pretrained(folder / "start")
+    return {
+        "pretrained_model_name_or_path": folder / "start", "train_data_dir": folder / "pictures.npz", "resolution": 8,
+        "train_batch_size": 2, "validation_inference_steps": 2, "degradation": "mask",
+    }  # fmt: skip
 
 
 @exact
 def test_the_trainer_keeps_the_rules_of_trainers(tmp_path):
-    from tests.common.models import World
-    from tests.common.trainer import SUITE, flags
-
-    case, world = trainer_case(), World(tmp_path)
-    for rule in SUITE.rules_of(case):
-        if rule.name != "entry":
-            SUITE.run(case, rule, world)
-    values = case.common.inputs(tmp_path) | {"output_dir": tmp_path / "out"}
+    loss = train_mean_reverting.mean_reverting_loss
+    trainer.hold_to_the_rules("mr_sampler", trainer_inputs, tmp_path / "runs", loss)
+    values = trainer_inputs(tmp_path) | {"output_dir": tmp_path / "out"}
     for wrong, message in (
         ({"resolution": 9}, "`--resolution` is 9; this UNet needs a multiple of 2"),
         ({"degradation_level": 2}, "`degradation_level` is 2.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            train_mean_reverting.main(flags(values | wrong))
+            train_mean_reverting.main(trainer.flags(values | wrong))
 
 
 @exact
 def test_training_helps(tmp_path):
     """The loss on fixed pictures falls, and the result loads and restores."""
-    values = trainer_case().common.inputs(tmp_path)
+    values = trainer_inputs(tmp_path)
     flags = [
         f"--{name}={value}"
         for name, value in (values | {"output_dir": tmp_path / "out", "learning_rate": 3e-3}).items()

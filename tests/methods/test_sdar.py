@@ -29,9 +29,7 @@ from diffusers_ext.training.train_sdar import (
     main,
 )
 from tests.card_snippets import run_card
-from tests.common import trainer as trainer_rules
-from tests.common.models import World
-from tests.common.suite import Case, CommonCase
+from tests.common import trainer
 from tests.language_models import MASK, computed, generate, hashed, logits, masked_tokens, prompts, tiny, unmasked
 from tests.languages import FormulaModel, pipeline
 from tests.methods import test_adablock
@@ -267,12 +265,9 @@ def inputs(folder: Path) -> dict:
 
 
 @exact
-@pytest.mark.slow
 def test_the_trainer_keeps_the_rules_of_trainers(tmp_path):
     """Those of `tests/common`, which asks a pipeline's row for other ones."""
-    common = CommonCase(inputs=inputs)
-    case = Case(dx.get_method("sdar"), block_diffusion_loss, (block_diffusion_loss,), common, "sdar")
-    assert trainer_rules.SUITE.broken(case, World(tmp_path, [])) == {}
+    trainer.hold_to_the_rules("sdar", inputs, tmp_path / "runs")
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
