@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from benchmarks._record import Recorder, Samples
 from benchmarks._trainings import training_folder
@@ -27,15 +27,13 @@ from diffusers_ext.training.train_masked_diffusion_lm import MaskedDiffusionTask
 
 LENGTH = _digit_orders.LONGEST
 PROMPT = LENGTH + 1  # tokens of the longest prompt
-SEEDS = (0, 1, 2)
-PROBLEMS: dict[str, Any] = {"train": 20_000, "seed": 0, "measured": 400, "measured_seed": 10**6}
+SEEDS = (1, 2, 3)
+PROBLEMS: dict[str, Any] = {"train": 10_000, "seed": 0, "measured": 400, "measured_seed": 10**6}
 BASE: dict[str, Any] = {
     "max_seq_length": PROMPT + LENGTH, "train_batch_size": 64, "max_train_steps": 1000, "learning_rate": 1e-3,
     "adam_weight_decay": 0.0, "lr_warmup_steps": 50, "num_validation_texts": 0,
 }  # fmt: skip
-# With the default of 0.02 the network does not learn within these steps that answers have the digits of prompts.
-NETWORK: dict[str, Any] = {"initializer_range": 0.125}
-TASK: dict[str, Any] = {"problems": PROBLEMS, "network": NETWORK, "base": BASE}
+TASK: dict[str, Any] = {"digits": LENGTH, "problems": PROBLEMS, "base": BASE}
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -64,8 +62,6 @@ def base() -> tuple[Path, Path]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _digit_orders.write_untrained_model(folder / "start")
-            config = AutoConfig.from_pretrained(folder / "start", **NETWORK)
-            AutoModelForMaskedLM.from_config(config).save_pretrained(folder / "start")
         args = train_masked_diffusion_lm.parse_args(_flags({
             **BASE, "pretrained_model_name_or_path": folder / "start", "train_data_dir": texts,
             "output_dir": folder / "model", "seed": 0, "checkpointing_steps": 200, "resume_from_checkpoint": "latest",
@@ -98,7 +94,7 @@ def trained(
 def measured() -> list[str]:
     """Prompts that nothing is trained on. Short ones are rare among them: there are few, and most are trained on."""
     known = {row["prompt"] for row in _digit_orders.problems(PROBLEMS["train"], PROBLEMS["seed"])}
-    drawn = _digit_orders.problems(2 * PROBLEMS["measured"], PROBLEMS["measured_seed"])
+    drawn = _digit_orders.problems(4 * PROBLEMS["measured"], PROBLEMS["measured_seed"])
     unseen = [row["prompt"] for row in drawn if row["prompt"] not in known]
     assert len(unseen) >= PROBLEMS["measured"]
     return unseen[: PROBLEMS["measured"]]

@@ -5,7 +5,8 @@
 Settings were fixed before measuring. The task has a program for its reward: digits in any order (`benchmarks/_digit_orders.py`).
 The paper's tasks and its model of 8 billion parameters are far larger. Policies are trained three times each, on the same prompts
 and with equally many updates; the rival gets the reward of the finished answer at each of its steps. The learning rate is larger
-than the paper's, as the model is tiny; it was not tuned.
+than the paper's, as the model is tiny: of 1e-4, 3e-4 and 1e-3 it is the one by which the rewards of one policy of ours with
+another seed rose.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from benchmarks._texts import COLUMNS, MODEL, Decoder, decode
 from diffusers_ext.training._unmasking_policy import Runs
 from diffusers_ext.training.train_mdpo import MDPOTask, backslides, parse_args
 
-STEPS, TEMPERATURE = 4, 0.4
+STEPS, TEMPERATURE = 3, 0.4
 TRAINING: dict[str, Any] = {
     "num_inference_steps": STEPS, "sample_train_steps": STEPS, "num_generations": 8, "train_batch_size": 16,
-    "num_iterations": 1, "temperature": TEMPERATURE, "beta": 0.0, "learning_rate": 1e-4, "max_train_steps": 120,
+    "num_iterations": 1, "temperature": TEMPERATURE, "beta": 0.0, "learning_rate": 3e-4, "max_train_steps": 400,
 }  # fmt: skip
 VERSES: dict[str, Any] = {"texts": 64, "length": 64, "steps": 16, "temperature": 0.0}
 BENCHMARK = Benchmark(

@@ -14,11 +14,11 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
-LONGEST = 8  # digits
+LONGEST = 5  # digits
 
 
 def problems(count: int, seed: int) -> list[dict[str, str]]:
-    """`{"prompt": "7250>", "answer": "0257"}`: 3 to 8 different digits, and the same in another order."""
+    """`{"prompt": "7250>", "answer": "0257"}`: 3 to 5 different digits, and the same in another order."""
     draw = random.Random(seed)
     found = []
     for _ in range(count):
@@ -54,6 +54,8 @@ def write_untrained_model(folder: Path, hidden_size: int = 64, num_layers: int =
     ).save_pretrained(folder)
     ModernBertForMaskedLM(
         ModernBertConfig(
+            # With the default of 0.02 it takes long to learn that answers have the digits of their prompts.
+            initializer_range=0.125,
             vocab_size=len(vocab), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
             num_hidden_layers=num_layers, num_attention_heads=4, layer_types=["full_attention"] * num_layers,
             pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1,

@@ -316,7 +316,7 @@ def test_bad_arguments(folder):
         ({"num_inference_steps": 9}, "`--num_inference_steps` is 9"),
         ({"gradient_accumulation_steps": 4}, "`--gradient_accumulation_steps` is 4"),
         ({"reward": "nowhere:reward"}, "`--reward` is 'nowhere:reward'"),
-        ({"max_prompt_length": 3}, "`--max_prompt_length` is 3; the longest prompt has 9"),
+        ({"max_prompt_length": 3}, "`--max_prompt_length` is 3; the longest prompt has 6"),
         ({"answer_column": "solution"}, "'solution'"),
     ):
         with pytest.raises(ValueError, match=message):
