@@ -137,8 +137,9 @@ def snippet(key: str) -> str:
 
 
 def name_of(row: Method) -> str:
-    """What a paper calls its method, where its title says so; else its key."""
-    return row.title.partition(":")[0] if ":" in row.title else row.key
+    """What a paper calls its method, where its title says so in one or two words before a colon; else its key."""
+    name, colon, _ = row.title.partition(":")
+    return name if colon and len(name.split()) <= 2 else row.key
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

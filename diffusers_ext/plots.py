@@ -111,7 +111,9 @@ def _quality_by_macs(found: Records) -> dict[str, dict[str, Any]]:
             macs, psnr = content["columns"].index(_MACS), content["columns"].index(_PSNR)
             panel = panels.setdefault(f"{settings['model']}, {settings['steps']} steps", {})
             # Two studies of a method on one model, of settings that make no curve together, are two lines.
-            own = name_of(row) if name_of(row) not in panel else f"{name_of(row)}, {heading.replace('_', ' ')}"
+            own = name_of(row)
+            if own in panel:
+                own += ", " + " ".join(word for word in heading.split("_") if word not in settings["model"])
             compared = {line[0] for line in against["rows"]}
             series: dict[str, list[tuple[float, float]]] = {}
             for line in content["rows"]:
@@ -122,7 +124,7 @@ def _quality_by_macs(found: Records) -> dict[str, dict[str, Any]]:
                 theirs = list(zip(*panel[label][1:], strict=True)) if label in panel else []
                 points = sorted({*points, *theirs})
                 panel[label] = (None if label == "fewer steps" else row.key, *zip(*points, strict=True))
-    return panels
+    return dict(sorted(panels.items(), key=lambda item: (item[0].split(",")[0], len(item[0]), item[0])))
 
 
 def _is_positive(value: Any) -> bool:
@@ -186,7 +188,10 @@ def _draw_panel(axes: Axes, heading: str, series: Mapping[str, Any], colors: Map
         ticks = [digit * 10.0**power for power in range(-3, 6) for digit in _TICKS]
         low, high = costs[0] / 1.1, costs[-1] * 1.1
         axes.set_xlim(low, high)
-        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+        inside = [tick for tick in ticks if low <= tick <= high]
+        axes.set_xticks(
+            inside if len(inside) > 1 else [float(f"{low * (high / low) ** share:.3g}") for share in (0.25, 0.75)]
+        )
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
