@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 
 from benchmarks._record import Recorder, Samples, print_table
 from diffusers_ext import proofs
+from diffusers_ext.cards import name_of
 
 OUTPUT = Path(__file__).resolve().parents[1] / "outputs" / "bench"
 QUICK_PICTURES = 8
@@ -232,7 +233,7 @@ class Benchmark:
         recorder.print_tables(console)
         recorder.print_claims(console)
         for part in self.parts:
-            for file in part.draw(recorder.row.title, OUTPUT / self.key):
+            for file in part.draw(name_of(recorder.row), OUTPUT / self.key):
                 console.print(f"Drawn in {file}", soft_wrap=True)
         spent = (time.perf_counter() - began) / 60
         console.print(f"It took {spent:.1f} of {minutes:g} minutes.")

@@ -38,6 +38,7 @@ from benchmarks._quality import RMSE_TOLERANCE, Variant, called_by
 from benchmarks._record import Recorder, Samples
 from benchmarks._zoo import ZooModel, weights
 from diffusers_ext._sources import canonical_dump
+from diffusers_ext.cards import name_of
 from diffusers_ext.metrics import bootstrap_interval, rmse
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ class Frontier:
                 ours[label] = runs.make(variant)
                 bar.update()
         curves = runs.of_peers()
-        title = recorder.row.title.partition(":")[0]
+        title = name_of(recorder.row)
         rows = []
         for label, made in ours.items():
             found = {peer: at_cost(list(curve.values()), made.macs) for peer, curve in curves.items()}

@@ -32,6 +32,7 @@ from benchmarks import _plot
 from benchmarks._bench import Selection
 from benchmarks._record import Recorder, Samples
 from benchmarks._zoo import BATCH, ZooModel, scheduler_name, weights
+from diffusers_ext.cards import name_of
 from diffusers_ext.enabling import HookConfig
 from diffusers_ext.metrics import bootstrap_interval, count_macs, psnr, rmse
 
@@ -305,7 +306,7 @@ class QualityCost:
             theirs_made: dict[str, list[_Run]] = {name: [] for name in self.baselines}
             for label in labels:
                 variant = self.variants[label]
-                title = f"{_short(recorder.row.title)}, {variant.title}"
+                title = f"{name_of(recorder.row)}, {variant.title}"
                 ours = runs.of(variant, variant.steps or self.steps, title)
                 ours_made.append(ours)
                 everything.append(ours)
@@ -321,7 +322,7 @@ class QualityCost:
         columns = [column.format(reference=self.reference_title) for column in _COLUMNS]
         recorder.table(f"{heading}quality", columns, [run.row(runs.full.cost) for run in everything])
         recorder.table(f"{heading}at equal cost", _GAIN_COLUMNS, gains)
-        self._panels = self._make_panels(runs, _short(recorder.row.title), ours_made, theirs_made)
+        self._panels = self._make_panels(runs, name_of(recorder.row), ours_made, theirs_made)
 
     def _samples(
         self, label: str, baseline: str, ours: _Run, theirs: _Run, units: list[int]
@@ -371,7 +372,7 @@ class QualityCost:
         """Draw quality against cost of what was measured last to `stem.png`, or `stem-NAME.png`."""
         if not self._panels:
             return []
-        title = f"{_short(title)} on {self.model}: means over {self.pictures} pictures, 95% intervals"
+        title = f"{title} on {self.model}: means over {self.pictures} pictures, 95% intervals"
         figure = _plot.quality_against_cost(title, "cost of the denoiser (GMACs a picture)", self._panels)
         return [_plot.save(figure, stem.with_name(f"{stem.name}{self.name and '-'}{self.name}.png"))]
 
@@ -461,8 +462,3 @@ def _gains(ours: _Run, theirs: _Run) -> list[Any]:
         nearer = ours.psnr - theirs.psnr  # not a number where both equal the reference
     better = None if ours.accuracy is None or theirs.accuracy is None else ours.accuracy - theirs.accuracy
     return [ours.title, theirs.title, ours.cost.macs / theirs.cost.macs, *_mean(nearer), *_mean(better)]
-
-
-def _short(title: str) -> str:
-    """The name of a method, from the title of its paper."""
-    return title.partition(":")[0]

@@ -275,7 +275,7 @@ class _Study:
         if not self._drawn or len(self.calls) < 2:
             return []
         titles = {self._title(key): panel for key, panel in self._drawn.items()}
-        figure = error_against_calls(title.partition(":")[0], titles, bold=len(self.variants))
+        figure = error_against_calls(title, titles, bold=len(self.variants))
         return [_plot.save(figure, stem.with_name(f"{stem.name}-{self.name}.png"))]
 
 

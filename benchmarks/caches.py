@@ -38,6 +38,7 @@ from benchmarks._record import machine, print_table, versions
 from benchmarks._zoo import BATCH
 from diffusers_ext import proofs, registry
 from diffusers_ext.bench import keys as measured_methods
+from diffusers_ext.cards import name_of
 from diffusers_ext.metrics import bootstrap_interval, time_ratio
 
 STEPS, PICTURES, ROUNDS = 20, 32, 3
@@ -172,8 +173,7 @@ def _psnr(made: Made) -> tuple[float, float | None, float | None]:
 
 
 def _name(key: str) -> str:
-    title = registry.get_method(key).title
-    return title.partition(":")[0] if ":" in title else key
+    return name_of(registry.get_method(key))
 
 
 def overview(model: str, parts: Sequence[str], console: Console, kept: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from benchmarks._samplers import OracleStudy, TrajectoryStudy, error_against_cal
 from benchmarks._step_overhead import StepOverhead
 from diffusers_ext import registry
 from diffusers_ext.bench import keys as measured_methods
+from diffusers_ext.cards import name_of
 
 PARTS = ("oracles", "pictures", "step")
 _Study = TypeVar("_Study")
@@ -70,8 +71,7 @@ def _named(key: str, sampler: Sampler) -> Sampler:
     """The sampler with a title that begins with the method's name, where it does not say it."""
 
     def titled(variant: Variant) -> Variant:
-        whole = registry.get_method(key).title
-        name = whole.partition(":")[0] if ":" in whole else key
+        name = name_of(registry.get_method(key))
         if name.lower() in variant.title.lower():
             return variant
         return dataclasses.replace(variant, title=f"{name}, {variant.title}" if variant.title else name)

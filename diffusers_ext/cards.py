@@ -231,7 +231,7 @@ def _known_method(key: str) -> Method | None:
 
 
 def _what(class_name: str, base_model: str | None, rows: list, loras: list) -> str:
-    names = [row.title.partition(":")[0] if row is not None else entry["method"] for row, entry in rows]
+    names = [name_of(row) if row is not None else entry["method"] for row, entry in rows]
     names += [f"LoRA `{lora['adapter_name']}`" for lora in loras]
     text = f"A `{class_name}` for [diffusers](https://github.com/huggingface/diffusers)"
     if base_model is not None:
