@@ -1,14 +1,14 @@
 """All caches on one plot: how near to the plain run, against time and against multiply-accumulates, a model of the zoo each.
 
-    python -m benchmarks.caches                           # everything
-    python -m benchmarks.caches --model avatars-flow
-    python -m benchmarks.caches --part quality            # without timing
+    python -m benchmarks.caches                           # measures; writes data/caches.json, a page and drawings
+    python -m benchmarks.caches --model avatars-flow      # measures one again, and keeps what the record has of others
+    python -m benchmarks.caches --part quality            # without timing: times are those of the record
+    python -m benchmarks.caches --render                  # writes the page and the drawings from the record alone
 
 It takes what the benchmarks of the caches declare at 20 steps, with the settings that they declare, and puts it beside the
 caches of other people and beside fewer steps. Nothing is claimed here: claims are those benchmarks'. Runs are taken from the
 cache of runs where they are there. Time is that of whole runs of one batch, all settings in turn in one process, over that of
-the plain run. Methods whose trained parts are missing are left out, and it says so. What is recorded of the same comparison
-is printed below the table. Tables go to `outputs/bench/caches.json`, drawings beside it.
+the plain run. Methods whose trained parts are missing are left out, and it says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 
 import diffusers_ext as dx
 from benchmarks import _plot
-from benchmarks._bench import OUTPUT
 from benchmarks._cache_peers import peers
 from benchmarks._frontier import COST, Frontier, Made, Runs, curves_against_cost
 from benchmarks._quality import QualityCost, Variant
@@ -38,9 +37,11 @@ from benchmarks._record import machine, print_table, versions
 from benchmarks._zoo import BATCH
 from diffusers_ext import proofs, registry
 from diffusers_ext.bench import keys as measured_methods
-from diffusers_ext.cards import name_of
+from diffusers_ext.cards import name_of, table
 from diffusers_ext.metrics import bootstrap_interval, time_ratio
 
+ROOT = Path(__file__).resolve().parents[1]
+RECORD, PAGE = Path(__file__).parent / "data" / "caches.json", ROOT / "docs" / "caches_measured.md"
 STEPS, PICTURES, ROUNDS = 20, 32, 3
 MODELS = {"avatars-sd": 3.0, "avatars-flow": 3.0, "fashion-dit": 4.0}  # with the guidance scale
 PARTS = ("quality", "time")
@@ -155,16 +156,6 @@ def points_of(rows: Sequence[Sequence[Any]], column: int) -> dict[str, list[_plo
     return curves
 
 
-def recorded(model: str) -> list[list[Any]]:
-    """Method, claim, value and interval in dB, and whether it holds: the recorded claims over the best peer on a model."""
-    rows = []
-    for key in cache_keys():
-        for claim in (proofs.read_result(key) or {"claims": []})["claims"]:
-            if claim["name"].startswith(f"frontier_{model}_"):
-                rows.append([_name(key), claim["statement"], claim["value"], *claim["interval"], claim["holds"]])
-    return rows
-
-
 def _psnr(made: Made) -> tuple[float, float | None, float | None]:
     if not made.errors.all():
         return float("inf"), None, None
@@ -177,7 +168,7 @@ def _name(key: str) -> str:
 
 
 def overview(model: str, parts: Sequence[str], console: Console, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Measure and draw one model.
+    """Measure one model.
 
     Args:
         model: of the zoo.
@@ -186,7 +177,7 @@ def overview(model: str, parts: Sequence[str], console: Console, kept: Mapping[s
         kept: what was returned the last time.
 
     Returns:
-        Columns, rows, and times by name and setting.
+        Rows, the number of ours among the caches, and times by name and setting.
     """
     runs = Runs(model, STEPS, MODELS[model], PICTURES)
     ours = available(declared(model), runs, console)
@@ -197,41 +188,77 @@ def overview(model: str, parts: Sequence[str], console: Console, kept: Mapping[s
         timed = times(runs, variants)
     rows = rows_of(mine | theirs, runs.full_macs, timed)
     print_table(console, f"{model}, {STEPS} steps, {PICTURES} pictures", _COLUMNS, rows)
-    if claims := recorded(model):
-        print_table(
-            console, f"{model}: recorded claims", ["cache", "claim", "gain (dB)", "low", "high", "holds"], claims
-        )
-    panels = {COST: points_of(rows, 2), _TIME: points_of(rows, 3)}
+    return {"rows": rows, "ours": len(mine), "times": timed}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def draw(model: str, found: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
+    """Draw the record of one model beside the page."""
+    panels = {COST: points_of(found["rows"], 2), _TIME: points_of(found["rows"], 3)}
     figure = curves_against_cost(
-        f"Caches on {model}, {STEPS} steps: means over {PICTURES} pictures, 95% intervals; solid lines are ours",
-        {name: panel for name, panel in panels.items() if panel}, "PSNR to the plain run (dB)", len(mine), log=False,
+        f"Caches on {model}, {settings['steps']} steps: means over {settings['pictures']} pictures, 95% intervals; solid lines "
+        "are ours",
+        {name: panel for name, panel in panels.items() if panel}, "PSNR to the plain run (dB)", found["ours"], log=False,
     )  # fmt: skip
-    file = _plot.save(figure, OUTPUT / f"caches-{model}.png")
-    console.print(f"Drawn in {file}", soft_wrap=True)
-    return {"columns": _COLUMNS, "rows": rows, "times": timed}
+    return _plot.save(figure, PAGE.with_name(f"{PAGE.stem}-{model}.png"))
 
 
-def main(argv: Sequence[str] | None = None, output: Path | None = None) -> None:
+def page(record: Mapping[str, Any]) -> str:
+    """The whole file."""
+    machine, versions = record["machine"], record["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    parts = [
+        "# Caches side by side",
+        "How near to the plain run each cache stays, against what it costs: with the settings that its benchmark fixed before "
+        f"measuring, {record['steps']} steps, the same {record['pictures']} pictures for all, peers of other people and fewer "
+        "steps beside it. A curve is better where it is higher and further to the left. Claims, with their intervals over paired "
+        "pictures, are in the [comparison](comparison.md). Written by `python -m benchmarks.caches`.",
+        f"{machine['cpu']}, {machine['threads']} threads; {packages}. Times are those of whole runs of one batch, over that of "
+        "the plain run, all settings in turn.",
+    ]
+    for model, found in record["models"].items():
+        lines = [
+            [
+                name, setting, f"{macs:.2f}", "" if time is None else f"{time:.2f}, {low:.2f} to {high:.2f}",
+                "equal" if worst is None else f"{psnr:.1f}, {worst:.1f} to {best:.1f}",
+            ]
+            for name, setting, macs, time, low, high, psnr, worst, best in found["rows"]
+        ]  # fmt: skip
+        head = ["cache", "setting", "MACs over the plain run", _TIME, "PSNR to the plain run (dB)"]
+        picture = f"![Caches on {model}]({PAGE.stem}-{model}.png)"
+        parts += [f"## {model}", picture, table(head, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Run as a program.
 
     Args:
         argv: without the program's name; None takes them from the command line.
-        output: file of the tables.
     """
     parser = argparse.ArgumentParser(prog="benchmarks.caches", description="All caches side by side.")
     parser.add_argument("--part", action="append", choices=PARTS, help="What to measure; both unless given.")
     parser.add_argument("--model", action="append", choices=MODELS, help="Of the zoo; all three unless given.")
+    parser.add_argument("--render", action="store_true", help="Measure nothing.")
     parser.add_argument("--threads", type=int, default=2, help="Of torch.")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    console, file = Console(), output or OUTPUT / "caches.json"
-    for model in args.model or MODELS:
-        there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"models": {}}
-        found = overview(model, args.part or PARTS, console, there["models"].get(model, {}))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine(), "versions": versions(), "models": there["models"] | {model: found}}
-        file.write_text(json.dumps(content, indent=1, default=float), encoding="utf-8")
-        console.print(f"Written to {file}", soft_wrap=True)
+    console = Console()
+    for model in () if args.render else args.model or MODELS:
+        there = json.loads(RECORD.read_text(encoding="utf-8"))["models"] if RECORD.is_file() else {}
+        found = {**there, model: overview(model, args.part or PARTS, console, there.get(model, {}))}
+        content = {
+            "machine": machine(), "versions": versions(), "steps": STEPS, "pictures": PICTURES,
+            "models": {name: found[name] for name in MODELS if name in found},
+        }  # fmt: skip
+        RECORD.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    PAGE.write_text(page(record), encoding="utf-8")
+    for model, found in record["models"].items():
+        draw(model, found, record)
+    console.print(f"Written to {PAGE}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_it_collects_what_the_benchmarks_of_caches_declare():
     )
     assert "calibrated_dpm" not in caches.cache_keys()
     unet, dit = caches.declared("avatars-sd"), caches.declared("fashion-dit")
-    assert set(unet) == {"adaptive_diffusion", "faster_diffusion"}
+    assert set(unet) == {"adaptive_diffusion", "deepcache", "faster_diffusion"}
     assert {"delta_dit", "profiling_dit", "harmonica", "adaptive_diffusion", "cat_pruning"} <= set(dit)
     assert len(dit["delta_dit"]) == 3, "a setting of two parts is one"
 
@@ -44,7 +45,8 @@ def small(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(_cache_peers, "peers", lambda *args: few)
     monkeypatch.setattr(caches, "peers", lambda *args: few)
     monkeypatch.setattr(caches, "declared", lambda model: ours)
-    monkeypatch.setattr(caches, "OUTPUT", tmp_path)
+    monkeypatch.setattr(caches, "RECORD", tmp_path / "caches.json")
+    monkeypatch.setattr(caches, "PAGE", tmp_path / "caches_measured.md")
     monkeypatch.setattr(caches, "STEPS", 4)
     monkeypatch.setattr(caches, "ROUNDS", 1)
     monkeypatch.setattr(caches, "PICTURES", 2)
@@ -68,12 +70,18 @@ def test_the_overview(small, capsys):
     assert 0 < macs < 1 and low <= time <= high and 0 < psnr < 200 and ends[0] <= psnr <= ends[1]
     assert rows["fewer steps", "1"][0] == pytest.approx(1 / 4)
     assert rows["Faster Diffusion", "all"][4] == float("inf"), "a cache that computes everything"
-    assert (small / "caches-avatars-sd.png").is_file()
+    page = (small / "caches_measured.md").read_text()
+    assert f"| DeepCache | interval 2 | {macs:.2f} | {time:.2f}, {low:.2f} to {high:.2f} | {psnr:.1f}, " in page
+    assert re.search(r"\| Faster Diffusion \| all \| 1.00 \| [^|]+ \| equal \|", page)
+    assert f"]({next(small.glob('*.png')).name})" in page
     kept = len(list((small / "cache").glob("*.npz")))
     assert kept == 4
     caches.main(["--model", "avatars-sd", "--threads", "1", "--part", "quality"])
     again = json.loads((small / "caches.json").read_text())["models"]["avatars-sd"]
     assert again == content, "times are those of the last time"
+    (small / "caches_measured.md").unlink()
+    caches.main(["--render"])
+    assert (small / "caches_measured.md").read_text() == page
 
 
 def test_seacache_looks_at_the_latents_and_skips():
