@@ -6,7 +6,6 @@ from the nearest other one that was drawn shows whether they still differ from e
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -19,25 +18,18 @@ from diffusers import DDIMPipeline, DPMSolverMultistepScheduler
 
 import diffusers_ext as dx
 from benchmarks._bench import OUTPUT
+from benchmarks._feature_nets import FASHION, nets
 from benchmarks._zoo import ZooModel
 from benchmarks.data import load_fashion_mnist
 from benchmarks.zoo import _fashion
 from diffusers_ext import proofs
-from diffusers_ext.metrics import EfficientNetLite0, frechet_distance, kernel_distance
+from diffusers_ext.metrics import frechet_distance, kernel_distance
 
-MODEL, SEEDS, PICTURES, REAL, FIRST_SEED, DIRECTIONS = "fashion-ddpm", (0, 1, 2), 500, 2000, 10**6, 256
+MODEL, SEEDS, PICTURES, FIRST_SEED, DIRECTIONS = "fashion-ddpm", (0, 1, 2), 500, 10**6, 256
 COLUMNS = [
     "pictures by", "steps", "Fréchet (judge)", "Fréchet (EfficientNet)", "kernel (EfficientNet)", "sliced distance of pixels",
     "to the nearest neighbour",
 ]  # fmt: skip
-
-
-@functools.cache
-def nets() -> dict[str, tuple[Callable[[np.ndarray], torch.Tensor], torch.Tensor]]:
-    """Two unrelated feature nets, each with its features of held-out pictures."""
-    real = load_fashion_mnist("reference")[0][:REAL, :, :, None]
-    found = {"judge": _fashion.judge().features, "efficientnet": EfficientNetLite0.from_package().features}
-    return {name: (net, net(real)) for name, net in found.items()}
 
 
 def sliced_distance(pictures: np.ndarray, real: np.ndarray) -> float:
@@ -59,12 +51,12 @@ class Found:
         zoo = ZooModel(MODEL, pipe)
         seeds = range(FIRST_SEED, FIRST_SEED + PICTURES)
         pictures = zoo.generate(pipe, zoo.conditions(PICTURES), seeds, steps, **options)
-        features = {name: net(pictures) for name, (net, _) in nets().items()}
+        features = {name: net(pictures) for name, (net, _) in nets(MODEL).items()}
         self.frechet = {
-            name: frechet_distance(features[name], real, resamples=2).value for name, (_, real) in nets().items()
+            name: frechet_distance(features[name], real, resamples=2).value for name, (_, real) in nets(MODEL).items()
         }
-        self.kernel = kernel_distance(features["efficientnet"], nets()["efficientnet"][1], resamples=2).value
-        real = load_fashion_mnist("reference")[0][:REAL, :, :, None] / 255.0
+        self.kernel = kernel_distance(features["efficientnet"], nets(MODEL)["efficientnet"][1], resamples=2).value
+        real = load_fashion_mnist("reference")[0][:FASHION, :, :, None] / 255.0
         self.sliced = sliced_distance(pictures, real)
         apart = torch.cdist(features["efficientnet"], features["efficientnet"]).fill_diagonal_(float("inf"))
         self.variety = float(apart.min(dim=1).values.mean())

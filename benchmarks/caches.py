@@ -2,13 +2,14 @@
 
     python -m benchmarks.caches                           # measures; writes data/caches.json, a page and drawings
     python -m benchmarks.caches --model avatars-flow      # measures one again, and keeps what the record has of others
-    python -m benchmarks.caches --part quality            # without timing: times are those of the record
+    python -m benchmarks.caches --part quality            # what is not measured again is that of the record
     python -m benchmarks.caches --render                  # writes the page and the drawings from the record alone
 
 It takes what the benchmarks of the caches declare at 20 steps, with the settings that they declare, and puts it beside the
 caches of other people and beside fewer steps. Nothing is claimed here: claims are those benchmarks'. Runs are taken from the
 cache of runs where they are there. Time is that of whole runs of one batch, all settings in turn in one process, over that of
-the plain run. Methods whose trained parts are missing are left out, and it says so.
+the plain run. Methods whose trained parts are missing are left out, and it says so. Fréchet distances to real pictures are of
+the plain run, and of the nearest to it, ours and other people's, by at most half of its multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 import diffusers_ext as dx
 from benchmarks import _plot
 from benchmarks._cache_peers import peers
+from benchmarks._feature_nets import nets
 from benchmarks._frontier import COST, Frontier, Made, Runs, curves_against_cost
 from benchmarks._quality import QualityCost, Variant
 from benchmarks._record import machine, print_table, versions
@@ -38,14 +40,16 @@ from benchmarks._zoo import BATCH
 from diffusers_ext import proofs, registry
 from diffusers_ext.bench import keys as measured_methods
 from diffusers_ext.cards import name_of, table
-from diffusers_ext.metrics import bootstrap_interval, time_ratio
+from diffusers_ext.metrics import bootstrap_interval, distance_difference, frechet_distance, time_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = Path(__file__).parent / "data" / "caches.json", ROOT / "docs" / "caches_measured.md"
 STEPS, PICTURES, ROUNDS = 20, 32, 3
 MODELS = {"avatars-sd": 3.0, "avatars-flow": 3.0, "fashion-dit": 4.0}  # with the guidance scale
-PARTS = ("quality", "time")
-_TIME = "time over that of the plain run"
+PARTS = ("quality", "time", "distance")
+DRAWN, FIRST_SEED = 256, 10**6  # pictures of Fréchet distances; their seeds are others
+MOST = 0.5  # of the multiply-accumulates of the plain run, for these
+_TIME, _PLAIN = "time over that of the plain run", "the plain run"
 _COLUMNS = [
     "cache", "setting", "MACs over the plain run", "time over the plain run", "time low", "time high",
     "PSNR to the plain run (dB)", "PSNR low", "PSNR high",
@@ -134,6 +138,37 @@ def times(runs: Runs, variants: Mapping[str, Mapping[str, Variant]]) -> Times:
     return found
 
 
+def nearest(curves: Mapping[str, Mapping[str, Made]], most: float) -> tuple[str, str] | None:
+    """Name and setting of the curves that is nearest to the plain run by PSNR, of those that cost at most `most`."""
+    found = [
+        (_psnr(made)[0], name, title)
+        for name, curve in curves.items()
+        for title, made in curve.items()
+        if made.macs <= most
+    ]
+    return max(found)[1:] if found else None
+
+
+def distances(runs: Runs, variants: Mapping[str, Variant]) -> list[list[Any]]:
+    """Name, net, Fréchet distance to real pictures, and how much more than that of the plain run, with its interval."""
+    conditions, seeds = runs.zoo.conditions(DRAWN), range(FIRST_SEED, FIRST_SEED + DRAWN)
+    pictures = {}
+    for name, variant in tqdm({_PLAIN: Variant(), **variants}.items(), desc="Pictures for distances", unit="run"):
+        with variant.on(runs.zoo.pipe) as pipe:
+            steps = variant.steps or runs.steps
+            pictures[name] = runs.zoo.generate(pipe, conditions, seeds, steps, runs.guidance_scale, **variant.options)
+    rows: list[list[Any]] = []
+    for net, (features, real) in nets(runs.model).items():
+        made = {name: features(of) for name, of in pictures.items()}
+        for name, own in made.items():
+            more: list[Any] = [None, None, None]
+            if name != _PLAIN:
+                difference = distance_difference(own, made[_PLAIN], real, "frechet")
+                more = [difference.value, *difference.interval]
+            rows.append([name, net, frechet_distance(own, real, resamples=2).value, *more])
+    return rows
+
+
 def rows_of(
     curves: Mapping[str, Mapping[str, Made]], full: float, timed: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> list[list[Any]]:
@@ -172,23 +207,27 @@ def overview(model: str, parts: Sequence[str], console: Console, kept: Mapping[s
 
     Args:
         model: of the zoo.
-        parts: of `PARTS`; times that are not measured are those of `kept`.
+        parts: of `PARTS`; times and distances that are not measured are those of `kept`.
         console: prints the table.
         kept: what was returned the last time.
 
     Returns:
-        Rows, the number of ours among the caches, and times by name and setting.
+        Rows, the number of ours among the caches, times by name and setting, and the rows of distances.
     """
     runs = Runs(model, STEPS, MODELS[model], PICTURES)
     ours = available(declared(model), runs, console)
     mine, theirs = quality(runs, ours)
-    timed: Any = kept.get("times", {})
-    if "time" in parts:
-        variants = {_name(key): found for key, found in ours.items()} | peers(model, STEPS, MODELS[model])
-        timed = times(runs, variants)
+    variants = {_name(key): found for key, found in ours.items()} | peers(model, STEPS, MODELS[model])
+    timed: Any = times(runs, variants) if "time" in parts else kept.get("times", {})
+    apart = kept.get("distances", [])
+    if "distance" in parts:
+        chosen = [
+            best for best in (nearest(group, MOST * runs.full_macs) for group in (mine, theirs)) if best is not None
+        ]
+        apart = distances(runs, {f"{name}, {title}": variants[name][title] for name, title in chosen})
     rows = rows_of(mine | theirs, runs.full_macs, timed)
     print_table(console, f"{model}, {STEPS} steps, {PICTURES} pictures", _COLUMNS, rows)
-    return {"rows": rows, "ours": len(mine), "times": timed}
+    return {"rows": rows, "ours": len(mine), "times": timed, "distances": apart}
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -229,7 +268,23 @@ def page(record: Mapping[str, Any]) -> str:
         head = ["cache", "setting", "MACs over the plain run", _TIME, "PSNR to the plain run (dB)"]
         picture = f"![Caches on {model}]({PAGE.stem}-{model}.png)"
         parts += [f"## {model}", picture, table(head, lines)]
+        if found["distances"]:
+            parts += [
+                f"Fréchet distance of {record['drawn']} pictures to real ones, of the nearest to the plain run by at most {MOST:g} of "
+                "its multiply-accumulates, ours and other people's:",
+                table(
+                    ["cache", "features of", "distance", "more than that of the plain run"],
+                    _distance_lines(found["distances"]),
+                ),
+            ]
     return "\n\n".join(parts) + "\n"
+
+
+def _distance_lines(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
+    return [
+        [name, net, f"{value:.4g}", "" if more is None else f"{more:+.3g}, {low:+.3g} to {high:+.3g}"]
+        for name, net, value, more, low, high in rows
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -239,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: without the program's name; None takes them from the command line.
     """
     parser = argparse.ArgumentParser(prog="benchmarks.caches", description="All caches side by side.")
-    parser.add_argument("--part", action="append", choices=PARTS, help="What to measure; both unless given.")
+    parser.add_argument("--part", action="append", choices=PARTS, help="What to measure; all unless given.")
     parser.add_argument("--model", action="append", choices=MODELS, help="Of the zoo; all three unless given.")
     parser.add_argument("--render", action="store_true", help="Measure nothing.")
     parser.add_argument("--threads", type=int, default=2, help="Of torch.")
@@ -250,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         there = json.loads(RECORD.read_text(encoding="utf-8"))["models"] if RECORD.is_file() else {}
         found = {**there, model: overview(model, args.part or PARTS, console, there.get(model, {}))}
         content = {
-            "machine": machine(), "versions": versions(), "steps": STEPS, "pictures": PICTURES,
+            "machine": machine(), "versions": versions(), "steps": STEPS, "pictures": PICTURES, "drawn": DRAWN,
             "models": {name: found[name] for name in MODELS if name in found},
         }  # fmt: skip
         RECORD.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")

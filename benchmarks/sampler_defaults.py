@@ -40,9 +40,7 @@ from benchmarks._sampler_peers import Sampler, is_flow, peers_of, variant_of
 from benchmarks._samplers import error_against_calls
 from benchmarks._step_overhead import StepOverhead
 from benchmarks._zoo import ZooModel
-from benchmarks.data import load_fashion_mnist
 from benchmarks.samplers import Tables
-from benchmarks.zoo import _fashion
 from diffusers_ext.cards import table
 from diffusers_ext.metrics import bootstrap_interval, distance_difference, frechet_distance
 
@@ -53,7 +51,7 @@ MODELS: dict[str, float | None] = {"avatars-sd": 3.0, "avatars-flow": 3.0, "fash
 _OTHERS = ("unguided", "step")  # parts of the record that are measured by themselves
 UNGUIDED = 1.0  # guidance scale of the three that have guidance
 CALLS, FEW, PICTURES, REFERENCE_STEPS = (5, 8, 12, 20), (5, 8), 64, 200
-DRAWN, REAL = 256, 2000  # pictures of Fréchet distances
+DRAWN = 256  # pictures of Fréchet distances
 OURS: dict[str, Variant] = {
     "UnifiedSolverScheduler": Variant("USF, Taylor 3, corrected", scheduler=dx.UnifiedSolverScheduler),
     "EVODiffScheduler": Variant("EVODiff", scheduler=dx.EVODiffScheduler),
@@ -194,7 +192,7 @@ def _distances(name: str, samplers: Mapping[str, Sampler], ground: _Pictures) ->
             label: ground.draw(sampler, calls)
             for label, sampler in tqdm(samplers.items(), desc=f"{name}, {calls} calls")
         }
-        for net, (features, real) in _nets(name).items():
+        for net, (features, real) in nets(name).items():
             made = {label: features(of) for label, of in pictures.items()}
             peer = list(made)[-1]
             for label, own in made.items():
@@ -211,13 +209,6 @@ def _distances(name: str, samplers: Mapping[str, Sampler], ground: _Pictures) ->
                     }
                 found.append(row)
     return found
-
-
-def _nets(name: str) -> Mapping[str, tuple[Any, torch.Tensor]]:
-    if name.startswith("avatars"):
-        return nets()
-    judge = _fashion.judge()
-    return {"judge": (judge.features, judge.features(load_fashion_mnist("reference")[0][:REAL, :, :, None]))}
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,12 @@ def small(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(caches, "STEPS", 4)
     monkeypatch.setattr(caches, "ROUNDS", 1)
     monkeypatch.setattr(caches, "PICTURES", 2)
+    monkeypatch.setattr(caches, "DRAWN", 5)
+    monkeypatch.setattr(caches, "MOST", 0.9)
+    real = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        caches, "nets", lambda model: {"a net": (lambda of: torch.from_numpy(of[:, 0, 0, :1] * [1, 2, 3, 4]), real)}
+    )
     monkeypatch.setattr(caches, "Runs", lambda *args: Runs(*args, zoo=lambda name: zoo, cache=tmp_path / "cache"))
     return tmp_path
 
@@ -74,6 +80,13 @@ def test_the_overview(small, capsys):
     assert f"| DeepCache | interval 2 | {macs:.2f} | {time:.2f}, {low:.2f} to {high:.2f} | {psnr:.1f}, " in page
     assert re.search(r"\| Faster Diffusion \| all \| 1.00 \| [^|]+ \| equal \|", page)
     assert f"]({next(small.glob('*.png')).name})" in page
+    apart = {row[0]: row[2:] for row in content["distances"]}
+    assert set(apart) == {"the plain run", "DeepCache, interval 2", "fewer steps, 2"}, (
+        "Faster Diffusion computes everything"
+    )
+    value, more, low, high = apart["fewer steps, 2"]
+    assert low <= more <= high and more == pytest.approx(value - apart["the plain run"][0], rel=1e-3)
+    assert f"| fewer steps, 2 | a net | {value:.4g} | {more:+.3g}, {low:+.3g} to {high:+.3g} |" in page
     kept = len(list((small / "cache").glob("*.npz")))
     assert kept == 4
     caches.main(["--model", "avatars-sd", "--threads", "1", "--part", "quality"])
