@@ -17,11 +17,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from benchmarks._record import Recorder, Samples
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder, with_task
 from diffusers_ext.schedulers._unmasking import UnmaskingScheduler
 from diffusers_ext.training import _digit_orders, train_masked_diffusion_lm
 from diffusers_ext.training._data import SampleNoise
-from diffusers_ext.training._loop import train
 from diffusers_ext.training._unmasking_policy import Layout, UnmaskingPolicyTask, completion_texts, run_policy
 from diffusers_ext.training.train_masked_diffusion_lm import MaskedDiffusionTask, masked_diffusion_loss
 
@@ -34,10 +33,6 @@ BASE: dict[str, Any] = {
     "adam_weight_decay": 0.0, "lr_warmup_steps": 50, "num_validation_texts": 0,
 }  # fmt: skip
 TASK: dict[str, Any] = {"digits": LENGTH, "problems": PROBLEMS, "base": BASE}
-
-
-def _flags(values: dict[str, Any]) -> list[str]:
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 class AnswersTask(MaskedDiffusionTask):
@@ -58,16 +53,15 @@ def base() -> tuple[Path, Path]:
     told = [TASK, AnswersTask.__name__]
     folder = training_folder("digit-orders", "diffusers_ext.training.train_masked_diffusion_lm", told)
     problems, texts = _digit_orders.write(folder / "data", PROBLEMS["train"], PROBLEMS["seed"])
-    if not (folder / "model" / "config.json").is_file():
+    if not (folder / "start" / "model.safetensors").is_file():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _digit_orders.write_untrained_model(folder / "start")
-        args = train_masked_diffusion_lm.parse_args(_flags({
-            **BASE, "pretrained_model_name_or_path": folder / "start", "train_data_dir": texts,
-            "output_dir": folder / "model", "seed": 0, "checkpointing_steps": 200, "resume_from_checkpoint": "latest",
-        }))  # fmt: skip
-        train(args, AnswersTask(args))
-    return folder / "model", problems
+    script = with_task(train_masked_diffusion_lm.parse_args, AnswersTask)
+    given = {
+        **BASE, "pretrained_model_name_or_path": folder / "start", "train_data_dir": texts, "seed": 0, "checkpointing_steps": 200
+    }  # fmt: skip
+    return trained_once(script, folder / "model", given), problems
 
 
 def trained(
@@ -80,14 +74,12 @@ def trained(
     """Folder of a policy; made, or gone on with, where it is not finished."""
     start, problems = base()
     folder = training_folder(key, parse_args.__module__, [start.parent.name, values, task.__name__]) / str(seed)
-    if not (folder / "config.json").is_file():
-        args = parse_args(_flags({
-            **values, "pretrained_model_name_or_path": start, "train_data_dir": problems, "reward": "digit_orders",
-            "max_prompt_length": PROMPT, "max_completion_length": LENGTH, "output_dir": folder, "seed": seed,
-            "checkpointing_steps": 50, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest",
-        }))  # fmt: skip
-        train(args, task(args))
-    return folder
+    given = {
+        **values, "pretrained_model_name_or_path": start, "train_data_dir": problems, "reward": "digit_orders",
+        "max_prompt_length": PROMPT, "max_completion_length": LENGTH, "seed": seed, "checkpointing_steps": 50,
+        "checkpoints_total_limit": 2,
+    }  # fmt: skip
+    return trained_once(with_task(parse_args, task), folder, given)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ import diffusers_ext as dx
 from benchmarks._bench import OUTPUT
 from benchmarks._quality import ACCURACY_TOLERANCE, RMSE_TOLERANCE
 from benchmarks._record import Recorder, Samples
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder, write_lines
 from benchmarks._zoo import ZooModel
 from benchmarks.data import FOLDER
 from benchmarks.zoo import _avatars
@@ -52,18 +52,12 @@ def trained(script: Callable[[list[str]], None], name: str, flags: Iterable[str]
         flags: its arguments without the output folder.
     """
     flags = list(flags)
-    folder = training_folder(name, script.__module__, flags)
-    if not (folder / "README.md").is_file():  # the last that is written
-        script([*flags, f"--output_dir={folder}", "--resume_from_checkpoint=latest"])
-    return folder
+    return trained_once(script, training_folder(name, script.__module__, flags), {}, flags)
 
 
 def prompts_file() -> Path:
     """A text file with the captions that the generator was trained on, each once."""
-    file = OUTPUT / "cache" / "avatars-prompts.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(dict.fromkeys(_avatars.captions("generator"))) + "\n", encoding="utf-8")
-    return file
+    return write_lines(OUTPUT / "cache" / "avatars-prompts.txt", list(dict.fromkeys(_avatars.captions("generator"))))
 
 
 class FewSteps:

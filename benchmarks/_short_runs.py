@@ -7,9 +7,7 @@ from the nearest other one that was drawn shows whether they still differ from e
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from diffusers import DDIMPipeline, DPMSolverMultistepScheduler
 import diffusers_ext as dx
 from benchmarks._bench import OUTPUT
 from benchmarks._feature_nets import FASHION, nets
+from benchmarks._trainings import trained_once
 from benchmarks._zoo import ZooModel
 from benchmarks.data import load_fashion_mnist
 from benchmarks.zoo import _fashion
@@ -84,21 +83,13 @@ def dpm_solver_pipeline() -> Any:
     return base
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
-
-
 def trained(key: str, main: Callable[[list[str]], None], seed: int, values: dict[str, Any]) -> DDIMPipeline:
     """The result of a training; made, or gone on with, where it is not finished."""
     source = proofs.source_hash(f"diffusers_ext.training.train_{key}")
     settings = hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:8]
     folder = OUTPUT / "cache" / f"{key}-{source[:12]}" / f"{settings}-{seed}"
-    if not Path(folder, "model_index.json").is_file():
-        given = {
-            **values, "seed": seed, "pretrained_model_name_or_path": dx.zoo_path(MODEL), "output_dir": folder,
-            "checkpointing_steps": 10, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest",
-        }  # fmt: skip
-        main([*_fashion.DATA, *(text for name, value in given.items() for text in _flag(name, value))])
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    return DDIMPipeline.from_pretrained(folder)
+    given = {
+        **values, "seed": seed, "pretrained_model_name_or_path": dx.zoo_path(MODEL), "checkpointing_steps": 10,
+        "checkpoints_total_limit": 2,
+    }  # fmt: skip
+    return DDIMPipeline.from_pretrained(trained_once(main, folder, given, _fashion.DATA))

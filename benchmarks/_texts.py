@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import diffusers_ext as dx
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder, write_lines
 from benchmarks.data import load_kjv
 from diffusers_ext.metrics.text import token_entropy
 
@@ -59,18 +58,12 @@ def fine_tuned(main: Callable[[list[str]], None], settings: Mapping[str, Any], *
     """
     module = main.__module__
     work = training_folder(module.rpartition("train_")[2], module, dict(settings))
-    folder, texts = work / "-".join(f"{name}_{value}" for name, value in own.items()), work / "texts.jsonl"
-    if not (folder / "README.md").is_file():  # the last that is written
-        work.mkdir(parents=True, exist_ok=True)
-        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in load_kjv("generator")))
-        values = {
-            "pretrained_model_name_or_path": dx.zoo_path(MODEL), "train_data_dir": texts, **settings, **own,
-            "output_dir": folder, "checkpoints_total_limit": 1, "resume_from_checkpoint": "latest",
-        }  # fmt: skip
-        main([f"--{name}={value}" for name, value in values.items()])
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return folder
+    folder = work / "-".join(f"{name}_{value}" for name, value in own.items())
+    texts = write_lines(work / "texts.jsonl", [json.dumps({"text": text}) for text in load_kjv("generator")])
+    values = {
+        "pretrained_model_name_or_path": dx.zoo_path(MODEL), "train_data_dir": texts, **settings, **own, "checkpoints_total_limit": 1
+    }  # fmt: skip
+    return trained_once(main, folder, values)
 
 
 @functools.cache

@@ -24,14 +24,13 @@ import diffusers_ext as dx
 from benchmarks._bench import OUTPUT, Benchmark
 from benchmarks._quality import ACCURACY_TOLERANCE, RMSE_TOLERANCE, denoiser_cost
 from benchmarks._record import Recorder, Samples
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder, with_task, write_lines
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.zoo import _avatars
 from diffusers_ext.metrics import bootstrap_interval, rmse, time_ratio
 from diffusers_ext.training._data import SampleNoise, load_dataset
 from diffusers_ext.training._diffusion import Latents
 from diffusers_ext.training._guided import GuidedRuns, write_guided_runs
-from diffusers_ext.training._loop import train
 from diffusers_ext.training._teacher import Teacher
 from diffusers_ext.training.train_agd import AGDTask, parse_args
 from diffusers_ext.training.train_text_to_image import parse_args as parse_pictures
@@ -44,7 +43,7 @@ TRAINING = (
     f"--num_runs={RUNS}", f"--num_inference_steps={RUN_STEPS}", "--run_batch_size=8", "--min_guidance_scale=1",
     "--max_guidance_scale=5", "--hidden_dim=28", "--mlp_ratio=1", "--train_batch_size=32", "--max_train_steps=250",
     "--learning_rate=1e-2", "--lr_scheduler=cosine", "--checkpointing_steps=50", "--checkpoints_total_limit=1",
-    "--resume_from_checkpoint=latest", "--guidance_scale=3",
+    "--guidance_scale=3",
 )  # fmt: skip
 TIMING: dict[str, Any] = {"steps": STEPS, "pictures": 8, "rounds": 9}
 STATES = ("runs", "noised")
@@ -107,16 +106,12 @@ class NoisedTask(AGDTask):
 def trained(states: str, seed: int) -> Path:
     """Folder of a trained adapter; trains it first, or goes on, where these sources have not finished it."""
     folder = training_folder("agd", "diffusers_ext.training.train_agd", list(TRAINING)) / f"{states}-{seed}"
-    if not (folder / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        prompts = folder / "prompts.txt"
-        prompts.write_text("\n".join(captions(seed)), encoding="utf-8")
-        args = parse_args([
-            f"--pretrained_model_name_or_path={dx.zoo_path(MODEL)}", f"--prompts={prompts}", f"--output_dir={folder}",
-            f"--runs={folder.with_name(f'{states}-{seed}-states')}", f"--seed={seed}", *TRAINING,
-        ])  # fmt: skip
-        train(args, (AGDTask if states == "runs" else NoisedTask)(args))
-    return folder
+    values = {
+        "pretrained_model_name_or_path": dx.zoo_path(MODEL), "seed": seed,
+        "prompts": write_lines(folder.with_name(f"prompts-{seed}.txt"), captions(seed)),
+        "runs": folder.with_name(f"{states}-{seed}-states"),
+    }  # fmt: skip
+    return trained_once(with_task(parse_args, AGDTask if states == "runs" else NoisedTask), folder, values, TRAINING)
 
 
 class Pictures:

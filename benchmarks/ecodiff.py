@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,14 +26,13 @@ import diffusers_ext as dx
 from benchmarks._bench import Benchmark
 from benchmarks._quality import RMSE_TOLERANCE, denoiser_cost
 from benchmarks._record import Recorder, Samples
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder, with_task, write_lines
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.data import FOLDER, load_fashion_mnist
 from benchmarks.zoo import _avatars, _fashion
 from diffusers_ext.metrics import frechet_distance, rmse, time_ratio
 from diffusers_ext.models._groups import find_groups
 from diffusers_ext.training._data import SampleNoise
-from diffusers_ext.training._loop import train
 from diffusers_ext.training._trajectories import Walk, travel
 from diffusers_ext.training.train_ecodiff import EcoDiffTask, mask_penalty, parse_args
 
@@ -87,21 +85,15 @@ def learned(label: str, kind: str, seed: int) -> dx.EcoDiffMasks:
     settings = [TRAINING, OPTIMIZER_STEPS, MODELS, weights(model)]
     work = training_folder("ecodiff", "diffusers_ext.training.train_ecodiff", settings)
     folder = work / f"{label}-{kind}-{seed}"
-    if not (folder / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        values: dict[str, Any] = {
-            **TRAINING, "pretrained_model_name_or_path": dx.zoo_path(model), "guidance_scale": scale, "seed": seed,
-            "max_train_steps": OPTIMIZER_STEPS[kind], "output_dir": folder, "resume_from_checkpoint": "latest",
-        }  # fmt: skip
-        if label == "sd":
-            values["prompts"] = work / f"prompts-{seed}.txt"
-            captions = _avatars.captions("generator")[seed * 100 : (seed + 1) * 100]
-            values["prompts"].write_text("\n".join(captions), encoding="utf-8")
-        args = parse_args([text for name, value in values.items() for text in (f"--{name}", str(value))])
-        train(args, {"whole": EcoDiffTask, "single": SingleStepTask}[kind](args))
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    return dx.EcoDiffMasks.from_pretrained(folder)
+    values: dict[str, Any] = {
+        **TRAINING, "pretrained_model_name_or_path": dx.zoo_path(model), "guidance_scale": scale, "seed": seed,
+        "max_train_steps": OPTIMIZER_STEPS[kind],
+    }  # fmt: skip
+    if label == "sd":
+        captions = _avatars.captions("generator")[seed * 100 : (seed + 1) * 100]
+        values["prompts"] = write_lines(work / f"prompts-{seed}.txt", captions)
+    script = with_task(parse_args, {"whole": EcoDiffTask, "single": SingleStepTask}[kind])
+    return dx.EcoDiffMasks.from_pretrained(trained_once(script, folder, values))
 
 
 def magnitudes(model: nn.Module) -> dx.EcoDiffMasks:

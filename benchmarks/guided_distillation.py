@@ -24,7 +24,7 @@ import diffusers_ext as dx
 from benchmarks._bench import OUTPUT, Benchmark
 from benchmarks._quality import ACCURACY_TOLERANCE, RMSE_TOLERANCE
 from benchmarks._record import Recorder, Samples
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.zoo import _avatars
 from diffusers_ext.metrics import bootstrap_interval, rmse, time_ratio
@@ -37,7 +37,7 @@ TRAINING = (
     "--center_crop", "--min_guidance_scale=1", "--max_guidance_scale=5", "--train_batch_size=16",
     "--max_train_steps=250", "--student_steps", "8", "4", "--halving_train_steps=250", "--learning_rate=2e-4",
     "--lr_scheduler=cosine", "--lr_warmup_steps=20", "--adam_weight_decay=0", "--checkpointing_steps=50",
-    "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest",
+    "--checkpoints_total_limit=1",
 )  # fmt: skip
 TIMING: dict[str, Any] = {"pictures": 8, "rounds": 9}
 BENCHMARK = Benchmark(
@@ -52,13 +52,8 @@ BENCHMARK = Benchmark(
 def trained(seed: int) -> Path:
     """Folder of the student of 4 steps, with that of stage one in `checkpoint-guidance`; trains them first, or goes on."""
     work = training_folder("guided_distillation", "diffusers_ext.training.train_guided_distillation", list(TRAINING))
-    folder = work / f"seed-{seed}"
-    if not (folder / "model_index.json").is_file():
-        train_student([
-            f"--pretrained_model_name_or_path={dx.zoo_path(MODEL)}", f"--output_dir={folder}", f"--seed={seed}",
-            *_avatars.DATA, *TRAINING,
-        ])  # fmt: skip
-    return folder
+    values = {"pretrained_model_name_or_path": dx.zoo_path(MODEL), "seed": seed}
+    return trained_once(train_student, work / f"seed-{seed}", values, [*_avatars.DATA, *TRAINING])
 
 
 class Pictures:

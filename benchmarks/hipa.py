@@ -11,7 +11,6 @@ Learning rates, cut-off, weight and number of steps were chosen on other seeds, 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ import diffusers_ext as dx
 from benchmarks._bench import Benchmark
 from benchmarks._feature_nets import nets
 from benchmarks._record import Recorder, Samples
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder, with_task, write_lines
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.zoo import _avatars
 from diffusers_ext.metrics import frechet_distance, high_frequency_energy_ratio
-from diffusers_ext.training._loop import train
 from diffusers_ext.training._teacher import Pairs, few_step_scheduler
 from diffusers_ext.training.train_hipa import HiPATask, parse_args
 
@@ -96,20 +94,11 @@ def work() -> Path:
 def trained(label: str, seed: int) -> Path:
     """Folder of a training; made, or gone on with, where it is not finished."""
     _, task, own = TRAININGS[label]
-    folder = work() / f"{label}-{seed}"
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        prompts = work() / "prompts.txt"
-        prompts.write_text("\n".join(_avatars.captions("generator")[: PAIRS["num_pairs"]]), encoding="utf-8")
-        values = {
-            "pretrained_model_name_or_path": dx.zoo_path(MODEL), "prompts": prompts, "pairs_dir": work() / "pairs",
-            **PAIRS, **TRAINING, **own, "seed": seed, "output_dir": folder, "resume_from_checkpoint": "latest",
-        }  # fmt: skip
-        args = parse_args([text for name, value in values.items() for text in (f"--{name}", str(value))])
-        train(args, task(args))
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    return folder
+    values = {
+        "pretrained_model_name_or_path": dx.zoo_path(MODEL), "pairs_dir": work() / "pairs", **PAIRS, **TRAINING, **own, "seed": seed,
+        "prompts": write_lines(work() / "prompts.txt", _avatars.captions("generator")[: PAIRS["num_pairs"]]),
+    }  # fmt: skip
+    return trained_once(with_task(parse_args, task), work() / f"{label}-{seed}", values)
 
 
 def student(label: str, seed: int) -> tuple[Any, int]:

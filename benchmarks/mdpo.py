@@ -88,7 +88,7 @@ def verses(recorder: Recorder) -> None:
     recorder.table("decoding verses", ["decoder", *COLUMNS], [[name, *one.row] for name, one in found.items()])
 
 
-@BENCHMARK.part("accuracy_over_untrained", "accuracy_over_final_reward", minutes=14)
+@BENCHMARK.part("accuracy_over_untrained", "accuracy_over_final_reward", minutes=20)
 def training(recorder: Recorder) -> None:
     """Three policies by rewards of every step, three by that of the end."""
     tasks = {"rewards of every step": MDPOTask, "the final reward alone": FinalRewardTask}

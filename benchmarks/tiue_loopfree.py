@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import diffusers_ext as dx
 from benchmarks._bench import Benchmark
 from benchmarks._feature_nets import nets
 from benchmarks._record import Recorder, Samples
-from benchmarks._trainings import training_folder
+from benchmarks._trainings import trained_once, training_folder, write_lines
 from benchmarks._zoo import ZooModel, weights
 from benchmarks.zoo import _avatars
 from diffusers_ext.metrics import frechet_distance, time_ratio
@@ -53,19 +52,11 @@ BENCHMARK = Benchmark(
 def trained(label: str, seed: int) -> Path:
     """Folder of a student; trained, or gone on with, where it is not finished."""
     work = training_folder("tiue_loopfree", "diffusers_ext.training.train_tiue_loopfree", [STUDENTS, TRAINING])
-    folder = work / f"{label}-{seed}"
-    if not (folder / "model_index.json").is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        prompts = work / "prompts.txt"
-        prompts.write_text("\n".join(_avatars.captions("generator")), encoding="utf-8")
-        values = {
-            "pretrained_model_name_or_path": dx.zoo_path(MODEL), "prompts": prompts, "num_decoder_steps": STUDENTS[label],
-            **TRAINING, "seed": seed, "output_dir": folder, "resume_from_checkpoint": "latest",
-        }  # fmt: skip
-        train_student([text for name, value in values.items() for text in (f"--{name}", str(value))])
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    return folder
+    values = {
+        "pretrained_model_name_or_path": dx.zoo_path(MODEL), "num_decoder_steps": STUDENTS[label], **TRAINING, "seed": seed,
+        "prompts": write_lines(work / "prompts.txt", _avatars.captions("generator")),
+    }  # fmt: skip
+    return trained_once(train_student, work / f"{label}-{seed}", values)
 
 
 def student(label: str, seed: int) -> Any:
