@@ -25,6 +25,7 @@ WRITTEN = {
     "samplers.md": "Where samplers work",
     "sampler_defaults.md": "Samplers with their defaults",
     "quantization.md": "Where quantization works",
+    "composition.md": "What combines",
     "proofs.md": "Proofs",
     "add_a_paper.md": "Add a paper",
 }

@@ -63,7 +63,8 @@ simulate their arithmetic, which costs several times the plain run.
 "no" is refused, and the number leads to what the pipeline says.
 
 Two of a kind: a pipeline has one scheduler and its denoiser one quantization; two caches on one model are refused, as each
-decides what is computed when. LoRAs go on together as in diffusers.
+decides what is computed when. LoRAs go on together as in diffusers. PEFT puts no LoRA on quantized layers: fuse it first
+(`pipe.fuse_lora()`, then `pipe.unload_lora_weights()`), and calibrate the result.
 
 """
 

@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 
+import diffusers_ext as dx
+
 from . import composition_table
 from .composition_table import FAILS, FILE, KINDS, NO, YES, Outcome, Part, attempt, candidates, pairs
 
@@ -107,3 +109,20 @@ def test_cells_tell_time_and_likeness_and_number_the_reasons(monkeypatch):
     table = composition_table.text([c, a, b], {("c", "a"): "x", ("c", "b"): "y", ("a", "b"): "z"}, reasons)
     assert f"## {KINDS['cache']} and guidance\n\n| cache | `b` |\n| --- | --- |\n| `a` | z |\n" in table
     assert table.endswith("## Why not\n\n1. Not here.\n")
+
+
+def test_a_fused_lora_is_quantized_with_its_layers(pipe):
+    """What the page advises, as PEFT puts no LoRA on quantized layers."""
+    from peft import LoraConfig
+
+    before = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.clone()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.clone()
+    config = dx.PTQConfig(method="minmax", weight_bits=8, act_bits=None)
+    pipe = dx.quantization.calibrate(pipe, config, prompts=["a person"], num_inference_steps=1)
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert type(layer).__name__ == "QuantizedLayer" and (fused - before).abs().max() > 0.1 * before.abs().max()
+    step = 2 * fused.abs().amax(1) / 255
+    assert (layer.weight - fused).abs().le(step[:, None]).all()

@@ -268,4 +268,5 @@ class QuantizedLayer(_Layer):
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.weight_shape}, {self.form}"
+        sizes = ", ".join(map(str, self.weight_shape))
+        return f"{sizes}, weight_bits={self.form.weight_bits}, act_bits={self.form.act_bits}"
