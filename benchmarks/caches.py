@@ -254,8 +254,8 @@ def page(record: Mapping[str, Any]) -> str:
         f"measuring, {record['steps']} steps, the same {record['pictures']} pictures for all, peers of other people and fewer "
         "steps beside it. A curve is better where it is higher and further to the left. Claims, with their intervals over paired "
         "pictures, are in the [comparison](comparison.md). Written by `python -m benchmarks.caches`.",
-        f"{machine['cpu']}, {machine['threads']} threads; {packages}. Times are those of whole runs of one batch, over that of "
-        "the plain run, all settings in turn.",
+        f"{machine['cpu']}, {machine['threads']} thread(s); {packages}. Times are those of whole runs of one batch, over that of "
+        "the plain run, all settings in turn; where their intervals are wide, other work ran on the machine.",
     ]
     for model, found in record["models"].items():
         lines = [

@@ -22,6 +22,7 @@ WRITTEN = {
     "training.md": "Training",
     "comparison.md": "Comparison",
     "caches.md": "Where caches work",
+    "caches_measured.md": "Caches side by side",
     "samplers.md": "Where samplers work",
     "sampler_defaults.md": "Samplers with their defaults",
     "quantization.md": "Where quantization works",
