@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,15 @@ def checkout(tmp_path):
 
 
 # --- what it writes --------------------------------------------------------------------------------------------------
+
+
+def test_what_tests_share_needs_no_test():
+    """Helpers are copied without the tests of other papers."""
+    files = [*(ROOT / "tests").glob("*.py"), *(ROOT / "tests" / "common").glob("*.py")]
+    helpers = [file for file in files if not file.name.startswith("test_")]
+    assert len(helpers) > 20
+    imports = re.compile(r"^\s*(from|import) (tests\.|\.*)(methods\.)?test_", re.MULTILINE)
+    assert not [file.name for file in helpers if imports.search(file.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from diffusers_ext.training._teacher import (
 )
 from tests import tiny_sd, unets
 from tests.common.models import dit
-from tests.test_trainers import tiny_vae
+from tests.tiny_models import tiny_vae
 
 TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -25,7 +25,7 @@ from diffusers import SchedulerMixin
 
 import diffusers_ext as dx
 from diffusers_ext.registry import get_method
-from tests.test_trainers import VERSES, masked_lm
+from tests.tiny_models import VERSES, masked_lm
 
 from .models import World
 from .suite import Case, CommonCase, Suite, refused, require

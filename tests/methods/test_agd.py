@@ -25,7 +25,7 @@ from tests import tiny_sd
 from tests.common.models import MODELS, STOCKS
 from tests.common.suite import CommonCase
 from tests.common.traces import require_unchanged, trace
-from tests.test_trainers import class_conditional, tiny_vae
+from tests.tiny_models import class_conditional, tiny_vae
 from tests.unets import fill
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "agd.json"

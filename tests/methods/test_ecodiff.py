@@ -29,7 +29,7 @@ from diffusers_ext.training._data import GlobalBatches, generator_for
 from diffusers_ext.training.train_ecodiff import EcoDiffTask, ecodiff_loss, main, mask_penalty, parse_args
 from tests.common import models
 from tests.common.suite import CommonCase
-from tests.test_trainers import class_conditional
+from tests.tiny_models import class_conditional
 from tests.unets import fill
 
 exact = pytest.mark.proof("exact")

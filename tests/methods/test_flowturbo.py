@@ -25,7 +25,7 @@ from diffusers_ext.training.train_velocity_refiner import main, observed, refine
 from tests.common import models
 from tests.common.learned import check_recipe_names_the_part
 from tests.common.suite import CommonCase
-from tests.test_trainers import flux as untrained_flux
+from tests.tiny_models import flux as untrained_flux
 
 COMMON = CommonCase(settings=[{"n_heun": 3}])
 GOLDEN = Path(__file__).parents[1] / "golden" / "flowturbo.json"

@@ -22,7 +22,7 @@ from tests.common import models, trainer
 from tests.common.suite import CommonCase
 from tests.languages import FormulaModel, chain, exact_model, pipeline, probability_of_such, sample, stock_sample
 from tests.methods.test_radd import LENGTH, ROWS, VOCABULARY, golden_logits, golden_uniform, run_alone
-from tests.test_trainers import draw_text
+from tests.tiny_models import draw_text
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hdlm.json"
 COMMON = CommonCase(

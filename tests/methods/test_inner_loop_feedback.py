@@ -20,7 +20,7 @@ from tests.card_snippets import run_card
 from tests.common import models
 from tests.common.learned import check_other_weights_are_told, check_recipe_names_the_part
 from tests.common.suite import CommonCase
-from tests.test_trainers import class_conditional
+from tests.tiny_models import class_conditional
 from tests.unets import fill
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="inner-loop-feedback-")  # gone with the process

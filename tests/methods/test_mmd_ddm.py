@@ -28,7 +28,7 @@ from diffusers_ext.training.train_mmd_ddm import (
 )
 from tests.card_snippets import run_card
 from tests.common.suite import CommonCase
-from tests.test_trainers import unconditional
+from tests.tiny_models import unconditional
 
 exact = pytest.mark.proof("exact")
 GOLDEN = Path(__file__).parents[1] / "golden" / "mmd_ddm.json"

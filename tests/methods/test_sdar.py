@@ -34,7 +34,7 @@ from tests.language_models import MASK, computed, generate, hashed, logits, mask
 from tests.languages import FormulaModel, pipeline
 from tests.methods import test_adablock
 from tests.test_masked_diffusion import COMMON as PIPELINE
-from tests.test_trainers import VERSES
+from tests.tiny_models import VERSES
 
 COMMON = PIPELINE
 GOLDEN = Path(__file__).parents[1] / "golden" / "sdar.json"

@@ -29,8 +29,8 @@ from diffusers_ext.training.train_sft_pg import (
 from tests.card_snippets import run_card
 from tests.common.suite import CommonCase
 from tests.methods.test_mmd_ddm import grey_pictures
-from tests.test_trainers import unconditional
 from tests.test_training import launch
+from tests.tiny_models import unconditional
 
 exact = pytest.mark.proof("exact")
 GOLDEN = Path(__file__).parents[1] / "golden" / "sft_pg.json"

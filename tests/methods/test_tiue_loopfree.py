@@ -314,7 +314,7 @@ def test_bad_arguments_of_the_trainer_are_refused(flag, message, tmp_path):
 
 @exact
 def test_a_pipeline_without_a_unet_is_refused(tmp_path):
-    from tests.test_trainers import class_conditional
+    from tests.tiny_models import class_conditional
 
     class_conditional(tmp_path / "dit")
     (tmp_path / "classes.txt").write_text("3\n")
