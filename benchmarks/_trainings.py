@@ -33,7 +33,7 @@ def trained_once(script: Script, folder: Path, values: Mapping[str, Any], flags:
     """`folder` of what a training makes; trains, or goes on, where that is not finished.
 
     Args:
-        script: `main` of a training script, or `with_task`.
+        script: `main` of a training script that writes a card, or `with_task`.
         folder: of the result.
         values: arguments of the script by name, without the folder; True is a flag.
         flags: more arguments, as they are.

@@ -56,7 +56,7 @@ Pairs of methods on the zoo's `avatars-sd`, found by trying: both go on, in the 
 pipeline draws. Written by `python -m tests.composition_table`; a test tries all pairs again.
 
 A cell has the time of a run of {steps} steps over that of the plain pipeline, and the PSNR to its picture. Time is that of one
-processor, to about a tenth; on small models the overhead of a method counts more than on large ones. A pair with guidance is
+processor, and rough: up to a quarter apart between runs. On small models the overhead of a method counts more. A pair with guidance is
 compared with the plain pipeline with that guidance. What has to be trained or collected first has random numbers here, and
 its pictures say nothing: adapters, and methods with statistics. Quantizers take plain ranges of two calls, with 8 bits, and
 simulate their arithmetic, which costs several times the plain run.
