@@ -1,7 +1,8 @@
 """All caches on one plot: how near to the plain run, against time and against multiply-accumulates, a model of the zoo each.
 
     python -m benchmarks.caches                           # measures; writes data/caches.json, a page and drawings
-    python -m benchmarks.caches --model avatars-flow      # measures one again, and keeps what the record has of others
+    python -m benchmarks.caches --model avatars-flow      # measures one again, and keeps what the record has of others,
+                                                          # by the same machine, versions and settings
     python -m benchmarks.caches --part quality            # what is not measured again is that of the record
     python -m benchmarks.caches --render                  # writes the page and the drawings from the record alone
 
@@ -301,13 +302,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console()
+    about = {"machine": machine(), "versions": versions(), "steps": STEPS, "pictures": PICTURES, "drawn": DRAWN}
     for model in () if args.render else args.model or MODELS:
-        there = json.loads(RECORD.read_text(encoding="utf-8"))["models"] if RECORD.is_file() else {}
+        old = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"models": {}}
+        there = old["models"] if {**old, **about} == old else {}
         found = {**there, model: overview(model, args.part or PARTS, console, there.get(model, {}))}
-        content = {
-            "machine": machine(), "versions": versions(), "steps": STEPS, "pictures": PICTURES, "drawn": DRAWN,
-            "models": {name: found[name] for name in MODELS if name in found},
-        }  # fmt: skip
+        content = {**about, "models": {name: found[name] for name in MODELS if name in found}}
         RECORD.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     PAGE.write_text(page(record), encoding="utf-8")

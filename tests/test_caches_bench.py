@@ -95,6 +95,11 @@ def test_the_overview(small, capsys):
     (small / "caches_measured.md").unlink()
     caches.main(["--render"])
     assert (small / "caches_measured.md").read_text() == page
+    record = json.loads((small / "caches.json").read_text())
+    (small / "caches.json").write_text(json.dumps({**record, "versions": {"torch": "0"}}))
+    caches.main(["--model", "avatars-sd", "--threads", "1", "--part", "quality"])
+    mixed = json.loads((small / "caches.json").read_text())["models"]["avatars-sd"]
+    assert not mixed["times"] and not mixed["distances"], "what other versions measured is not kept"
 
 
 def test_seacache_looks_at_the_latents_and_skips():
